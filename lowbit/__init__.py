@@ -1,0 +1,46 @@
+"""lowbit: quantize the weights of language models to a few bits, in formats that load everywhere.
+
+The public names, imported when they are first used (so that `import lowbit` is instant and needs
+neither a GPU nor Triton):
+
+- `quantize`: a model in, a quantized checkpoint out.
+- `load`: any checkpoint folder in, a transformers model out.
+- `perplexity`: what the quantization cost.
+- `QuantScheme`, `QuantizedWeight`: the grid, and a weight on it.
+- `LowbitError`: every refusal, one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit.errors import LowbitError
+    from lowbit.evaluate import perplexity
+    from lowbit.hf import load
+    from lowbit.pipeline import quantize
+    from lowbit.quantized import QuantizedWeight
+    from lowbit.scheme import QuantScheme
+
+try:
+    __version__ = version("lowbit")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "LowbitError": "errors",
+    "QuantScheme": "scheme",
+    "QuantizedWeight": "quantized",
+    "load": "hf",
+    "perplexity": "evaluate",
+    "quantize": "pipeline",
+}
+__all__ = ["LowbitError", "QuantScheme", "QuantizedWeight", "load", "perplexity", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lowbit.{_HOMES[name]}"), name)

@@ -1,0 +1,71 @@
+"""The token batches of a run: calibration data, and one short text to verify the result with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowbit import dataset, hf, sampling
+from lowbit.algorithms import ALGORITHMS
+from lowbit.blocks import Progress
+from lowbit.errors import LowbitError
+from lowbit.results import Report
+from lowbit.source import Source, quiet
+
+DEFAULT_DATASET = "NeelNanda/pile-10k"
+TOKENS_PER_BATCH = 4096
+PROBE = (
+    "The river rises in the hills north of the town and runs for sixty miles to the sea. In 1412 "
+    "there were three mills on its banks:\n\n    def area(width, height):\n        return width * height\n"
+)
+
+
+def find_batches(
+    source: Source,
+    report: Report,
+    method: str,
+    spec: str | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    progress: Progress,
+) -> list[Tensor]:
+    """Calibration batches, then one short text that serves to verify the result."""
+    tokenizer = hf.load_tokenizer(source.folder)
+    probe = torch.tensor([tokenizer(PROBE).input_ids[:64]])
+    if not ALGORITHMS[method].NEEDS_HESSIAN:
+        report.calibration = f"none: {method} uses no data"
+        return [probe]
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise LowbitError(f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that")
+    tokens = None
+    if spec is None:
+        try:
+            tokens = _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
+            spec = DEFAULT_DATASET
+        except LowbitError:
+            report.notes.append(f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself")  # fmt: skip
+            spec = "self"
+    if spec == "self":
+        with quiet():
+            whole = hf.load_stock(source.folder, source.dtype)
+        tokens = sampling.sample_from_model(
+            whole, tokenizer, samples, seq_len, seed, lambda n, of: progress("sample", n, of, "writing text")
+        )
+        del whole
+    elif tokens is None:
+        tokens = _read_tokens(spec, tokenizer, samples, seq_len, seed)
+    assert tokens is not None
+    if len(tokens) < samples:
+        report.notes.append(f"{spec} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
+    report.calibration = f"{spec}: {len(tokens)} x {seq_len} tokens, seed {seed}"
+    return [*tokens.split(max(1, TOKENS_PER_BATCH // seq_len)), probe]
+
+
+def _read_tokens(
+    spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+) -> Tensor:
+    documents = dataset.read_documents(spec, max_characters=dataset.characters_for(samples, seq_len))
+    return dataset.pack_tokens(documents, tokenizer, samples, seq_len, seed)

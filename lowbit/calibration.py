@@ -1,0 +1,166 @@
+"""What is remembered of a matrix's input: its second moment, once per shared input.
+
+While a block runs, every product with one of its weights is seen by a `TorchFunctionMode`, so
+linear layers, `Conv1D` and experts sliced from a stacked parameter are observed by the same five
+lines and no hook is left behind. Matrices that read the very same tensor (q/k/v, gate/up) are one
+group with one Hessian.
+
+The Hessian of the layer-wise problem is `2 X X^T` (Frantar et al. 2022, arXiv:2210.17323, section
+3); here it is the mean of `x x^T` over tokens, which has the same minimiser and a scale that does
+not grow with the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lowbit.topology import Matrix
+
+TILE = 1024  # columns per product: only tiles on and right of the diagonal are computed
+
+
+class Moment:
+    """Running mean of `x x^T` in float32.
+
+    Only the upper triangle of tiles is accumulated (the rest is its mirror), which halves the work
+    for wide inputs. Where activations are bfloat16, their float32 products are left to bfloat16
+    matrix units: inputs and products are exact and the sum stays float32, so nothing is lost.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, in_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations `[..., in]` of any float dtype."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self.tokens += len(rows)
+        with exact_products(rows.dtype):
+            rows = rows.float()
+            for start in range(0, rows.shape[1], TILE):
+                tile = rows[:, start : start + TILE]
+                self.total[start : start + TILE, start:].addmm_(tile.T, rows[:, start:])
+
+    def mean(self) -> Tensor:
+        """The Hessian, float32 `[in, in]`, symmetric; zeros if no token was seen."""
+        hessian = self.total.triu().div_(max(self.tokens, 1))
+        return hessian.add_(hessian.triu(1).T)
+
+    def rescale(self, scales: Tensor) -> None:
+        """Follow a fold that divides the input by `scales [in]`."""
+        self.total /= scales
+        self.total /= scales.unsqueeze(-1)
+
+    def release(self) -> None:
+        """Let the memory go; the moment can't be used any more."""
+        self.total = self.total.new_empty(0)
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products use bfloat16 matrix units where `dtype`, that of the inputs, allows."""
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    saved = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = saved
+
+
+class Products(TorchFunctionMode):
+    """Calls `seen(matrix, weight, x)` for every product of an input with a weight.
+
+    `matrix` is None where the weight is none of `matrices` (a router, for example).
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], seen: Callable[[Matrix | None, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._matrix_at = {matrix.stored.data_ptr(): matrix for matrix in matrices}
+        self._seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight = args[0], args[1]
+        elif func is torch.addmm:
+            x, weight = args[1], args[2]
+        else:
+            return func(*args, **(kwargs or {}))
+        self._seen(self._matrix_at.get(weight.data_ptr()), weight, x)
+        return func(*args, **(kwargs or {}))
+
+
+class Group:
+    """Matrices that read one and the same tensor, and what is known of it.
+
+    Attributes:
+        matrices: The readers that can be quantized, in order of use.
+        others: Weights of further readers.
+        moment: The input's second moment.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x: Tensor | None = x
+        self.matrices: list[Matrix] = []
+        self.others: list[Tensor] = []
+        self.moment = Moment(x.shape[-1], x.device)
+
+    def reads(self, x: Tensor) -> bool:
+        """Is `x` the tensor of this group? Holding it until `release` keeps its address its own."""
+        mine = self.x
+        return mine is not None and (
+            mine is x or (mine.data_ptr(), mine.shape, mine.stride()) == (x.data_ptr(), x.shape, x.stride())
+        )
+
+
+def find_groups(matrices: Sequence[Matrix], run: Callable[[], object]) -> list[Group]:
+    """Run a block once and see which of its `matrices` share an input. Moments stay empty."""
+    groups: list[Group] = []
+
+    def seen(matrix: Matrix | None, weight: Tensor, x: Tensor) -> None:
+        group = next((g for g in groups if g.reads(x)), None)
+        if group is None:
+            groups.append(group := Group(x))
+        if matrix is None:
+            group.others.append(weight.data)
+        elif matrix not in group.matrices:
+            group.matrices.append(matrix)
+
+    with Products(matrices, seen):
+        run()
+    for group in groups:
+        group.x = None
+    found = [group for group in groups if group.matrices]
+    # An expert that no token of this run reached is a group of its own.
+    reached = {matrix for group in found for matrix in group.matrices}
+    for matrix in matrices:
+        if matrix not in reached and matrix.kind == "Expert":
+            found.append(Group(torch.empty(0, matrix.shape[1], device=matrix.stored.device)))
+            found[-1].x, found[-1].matrices = None, [matrix]
+    return found
+
+
+@contextmanager
+def observe(groups: Sequence[Group]) -> Iterator[None]:
+    """While active, every group's moment takes in what the group's first matrix reads."""
+    moment_of = {group.matrices[0]: group.moment for group in groups}
+
+    def seen(matrix: Matrix | None, weight: Tensor, x: Tensor) -> None:
+        if matrix in moment_of and x.numel():
+            moment_of[matrix].add(x)
+
+    with Products(list(moment_of), seen):
+        yield

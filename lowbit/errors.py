@@ -1,0 +1,10 @@
+"""The one exception that is the user's to mend.
+
+Every refusal of lowbit is a `LowbitError` with a single line that names the offending value and
+the fix. The command line prints that line and exits with code 2; a library caller catches it as a
+`ValueError`. Anything else that escapes is a bug of ours.
+"""
+
+
+class LowbitError(ValueError):
+    """A problem that the user can mend; the message is one line with the value and the fix."""

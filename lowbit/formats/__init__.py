@@ -1,0 +1,88 @@
+"""On-disk formats by name.
+
+A format is one module of pure functions between a `QuantizedWeight` and the named tensors of one
+linear layer, and between a checkpoint's schemes and its `quantization_config`. It never opens a
+file. Every convention that is not lowbit's own (GPTQ's zeros minus one, AWQ's column order) stays
+inside its module. A new one is a file here, a line in `FORMATS`, and a row in the round-trip test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import awq, compressed_tensors, gptq
+from lowbit.quantized import QuantizedWeight
+from lowbit.scheme import QuantScheme
+
+
+class Format(Protocol):
+    """What a module in this folder provides."""
+
+    QUANT_METHOD: str
+    """The `quant_method` that transformers and the engines look up."""
+
+    SCALE_DTYPE: torch.dtype
+    """dtype in which scales are stored."""
+
+    TENSORS: tuple[str, ...]
+    """Names of the tensors that may stand for one `weight`."""
+
+    def check(self, schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> None:
+        """Raise `LowbitError` if a checkpoint with these schemes (module name -> scheme) can't be held.
+
+        `ignore` names the linear modules left in full precision.
+        """
+        ...
+
+    def check_layer(
+        self, name: str, out_features: int, in_features: int, scheme: QuantScheme, kind: str
+    ) -> None:
+        """Raise `LowbitError` if one layer can't be held. `kind` is "Linear", "Conv1D" or "Expert"."""
+        ...
+
+    def warnings(
+        self, schemes: Mapping[str, QuantScheme], shapes: Mapping[str, tuple[int, int]]
+    ) -> list[str]:
+        """One line for every engine that will not load this choice, named.
+
+        `shapes` maps the same module names to `(out_features, in_features)`.
+        """
+        ...
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Tensors of one layer, by suffix (`weight_packed`, `qweight`, ...)."""
+        ...
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[str, Any]
+    ) -> QuantizedWeight:
+        """The inverse of `pack`; also reads what other tools wrote.
+
+        `config` is the checkpoint's `quantization_config`: a layout may have variants that only it
+        tells apart (the two GPTQ conventions for zeros).
+        """
+        ...
+
+    def quantization_config(
+        self, schemes: Mapping[str, QuantScheme], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """The `quantization_config` of `config.json`.
+
+        Raises `LowbitError` as `check` does.
+        """
+        ...
+
+    def read_config(self, config: Mapping[str, Any], name: str) -> QuantScheme:
+        """The scheme of the quantized module `name` according to a `quantization_config`."""
+        ...
+
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+}

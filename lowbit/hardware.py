@@ -1,0 +1,29 @@
+"""Which device and which working precision."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.errors import LowbitError
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LowbitError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Working precision; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    if name == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise LowbitError(f"--dtype {name} is not supported: use auto, bfloat16, float16 or float32")
+    return dtype  # type: ignore[no-any-return]

@@ -1,0 +1,145 @@
+"""A checkpoint folder in, a transformers model out.
+
+`load` gives an ordinary dense model. Checkpoints in a format of lowbit's are unpacked by lowbit's
+own codecs, so that no further package is needed (transformers itself wants gptqmodel for GPTQ and
+AWQ), and everything else is left to transformers. `load_stock` is what a user without lowbit runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, Format
+from lowbit.quantized import QuantizedWeight
+
+
+def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Load a model folder or hub id, quantized or not, as a dense model in evaluation mode.
+
+    Args:
+        folder: A checkpoint that lowbit or another tool wrote, or any causal language model.
+        dtype: Precision of the weights; "auto" takes the checkpoint's.
+        device: Where to put it.
+
+    Raises:
+        LowbitError: there is no model, or its tensors don't fit its configuration.
+
+    >>> model = load(checkpoint)
+    >>> model.generate(prompt, max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
+    True
+    """
+    config = _config(folder)
+    quantization = _quantization(config)
+    fmt = _format(quantization)
+    if fmt is None or not Path(folder).is_dir():
+        return load_stock(folder, dtype, device)
+    del config.quantization_config
+    try:
+        state = {name: tensor for name, tensor in dense_tensors(Path(folder), fmt, quantization)}
+        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=_resolve(config, dtype))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval().to(device)  # type: ignore[no-any-return]
+
+
+def load_stock(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load with transformers alone, as someone without lowbit does.
+
+    Raises:
+        LowbitError: transformers can't load it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval().to(device)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the hub.
+
+    Raises:
+        LowbitError: there is none that works.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+    except (OSError, ValueError, ImportError) as error:
+        raise LowbitError(f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+
+
+def quantization_of(folder: str | Path) -> tuple[dict[str, Any], Format | None]:
+    """`quantization_config` of a folder (empty if none) and the format that reads it, if any does."""
+    quantization = _quantization(_config(folder))
+    return quantization, _format(quantization)
+
+
+def dense_tensors(folder: Path, fmt: Format, quantization: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a packed checkpoint with the packed ones dequantized, in the dtype of their scales."""
+    tensors: list[tuple[str, Tensor]] = []
+    for name, value in packed_tensors(folder, fmt, quantization):
+        if isinstance(value, QuantizedWeight):
+            # What a loader in bfloat16 holds: the exact product, rounded once.
+            tensors.append((f"{name}.weight", value.dequantize(torch.bfloat16)))
+        else:
+            tensors.append((name, value))
+    return tensors
+
+
+def packed_tensors(
+    folder: Path, fmt: Format, quantization: Mapping[str, Any]
+) -> list[tuple[str, QuantizedWeight | Tensor]]:
+    """Tensors of a checkpoint; those of one packed layer come as one `QuantizedWeight` by module name.
+
+    Raises:
+        LowbitError: a layer lacks a tensor or does not fit the configuration.
+    """
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    found: list[tuple[str, QuantizedWeight | Tensor]] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                module, _, suffix = key.rpartition(".")
+                if suffix in fmt.TENSORS:
+                    parts[module][suffix] = opened.get_tensor(key)
+                else:
+                    found.append((key, opened.get_tensor(key)))
+    for module, tensors in parts.items():
+        scheme = fmt.read_config(quantization, module)
+        found.append((module, fmt.unpack(tensors, scheme, quantization)))
+    return found
+
+
+def _config(folder: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise LowbitError(f"{folder} is no model: {str(error).strip().splitlines()[0]}") from error
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def _format(quantization: Mapping[str, Any]) -> Format | None:
+    method, layout = quantization.get("quant_method"), quantization.get("format", "pack-quantized")
+    if method == "compressed-tensors" and layout != "pack-quantized":
+        return None
+    return next((fmt for fmt in FORMATS.values() if method == fmt.QUANT_METHOD), None)
+
+
+def _resolve(config: Any, dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return (config.dtype or torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,56 @@
+"""The one currency of the road: what an algorithm makes, a format packs and a kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit import grid
+from lowbit.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix on an integer grid: `w ~ (codes - zeros) * scales`, per group of columns.
+
+    Attributes:
+        codes: uint8 `[out, in]`, in `0 ... 2**bits - 1`.
+        scales: `[out, groups]` in the stored dtype (bfloat16 or float16); may be negative, never 0.
+        zeros: uint8 `[out, groups]`; all `2 ** (bits - 1)` on a symmetric grid.
+        scheme: The grid.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    scheme: QuantScheme
+
+    def __post_init__(self) -> None:
+        expected = (self.codes.shape[0], self.scheme.num_groups(self.codes.shape[1]))
+        if self.scales.shape != expected or self.zeros.shape != expected:
+            raise ValueError(
+                f"scales {tuple(self.scales.shape)} and zeros {tuple(self.zeros.shape)} "
+                f"must be {expected} for codes {tuple(self.codes.shape)} on {self.scheme}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that a loader sees, `[out, in]`: the exact product, rounded once to `dtype`."""
+        return grid.dequantize(self.codes, self.scales, self.zeros, self.scheme).to(dtype)
+
+    def split_rows(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """Cut along the output dimension, as a fused gate/up matrix is cut into its two halves."""
+        parts = zip(
+            self.codes.split(list(sizes)),
+            self.scales.split(list(sizes)),
+            self.zeros.split(list(sizes)),
+            strict=True,
+        )
+        return [QuantizedWeight(c, s, z, self.scheme) for c, s, z in parts]

@@ -1,0 +1,78 @@
+"""What is known of a run when it is over, for the terminal, a report or a script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one matrix.
+
+    Attributes:
+        name: Module name in the model.
+        shape: `(out, in)`.
+        scheme: Its grid.
+        error: Squared error relative to the squared norm: of the output on the calibration data
+            where there is some, else of the weight.
+        note: Empty unless something fell back.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a written checkpoint was read back.
+
+    Attributes:
+        loader: Who read it: "stock transformers", or lowbit's own reader with the reason.
+        weights: Matrices compared bit for bit.
+        kl: Mean KL divergence of its logits from those of the model in memory, in nats.
+    """
+
+    loader: str
+    weights: int
+    kl: float
+
+
+@dataclass
+class Report:
+    """What `quantize` did.
+
+    Attributes:
+        output: The checkpoint.
+        scheme: Grid of the blocks' matrices, as text (`w4g128`).
+        method: Algorithm.
+        format: Format on disk.
+        calibration: What the algorithm was calibrated on.
+        layers: One entry per quantized matrix.
+        skipped: Reason, by module name, of everything left in full precision.
+        notes: Fallbacks and other things the user should know.
+        warnings: Engines that won't load this choice.
+        verification: How the checkpoint was verified; None if it was not.
+        source_bytes: Size of the original weights.
+        output_bytes: Size of the written weights.
+        seconds: Wall seconds by stage.
+        cpu_seconds: CPU seconds of the process.
+    """
+
+    output: Path
+    scheme: str
+    method: str
+    format: str
+    calibration: str
+    layers: list[Layer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+    source_bytes: int = 0
+    output_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0

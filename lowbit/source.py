@@ -1,0 +1,347 @@
+"""The model to be quantized: found, checked, and read one part at a time.
+
+A source is a hub id, a local folder or a `.gguf` file; all three end as a folder of safetensors
+(GGUF and old `.bin` checkpoints are converted once, into a temporary folder, by transformers' own
+loaders). The model itself is built as a skeleton on the meta device: it has every module and no
+weights. `load` brings the weights of one module in, `free` lets them go, so a model larger than
+memory passes through block by block.
+
+Names on disk and names in the model differ for many architectures (prefixes, one tensor per expert
+on disk against one stacked parameter in memory). Transformers knows the way there and back, so both
+directions are its own code: `load` calls its loader on the tensors of one module, `names_on_disk`
+its reverse. These two functions are not public API; this is the only file that touches them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lowbit.errors import LowbitError
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own progress bars and warnings; lowbit shows one bar and one summary."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def find(model: str, scratch: Path) -> Path:
+    """The folder of safetensors behind `model`.
+
+    Args:
+        model: Hub id, local folder, or `.gguf` file.
+        scratch: Where a GGUF or `.bin` checkpoint is converted to; the caller removes it.
+
+    Raises:
+        LowbitError: nothing there, no config, no weights, or the hub can't be reached or refuses.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(path, scratch)
+    if path.is_dir():
+        folder = path
+    elif path.exists():
+        raise LowbitError(f"{model} is a file: give a folder, a .gguf file or a hub id")
+    else:
+        folder = _from_hub(model)
+    if not (folder / "config.json").is_file():
+        raise LowbitError(f"{model} has no config.json: give the folder of a Hugging Face model")
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if any(folder.glob("*.bin")):
+        _read_config(folder)
+        return _convert(scratch, str(folder))
+    raise LowbitError(f"{model} has no weights (*.safetensors): download the model completely")
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    ignore = ["*.pth", "*.msgpack", "*.h5", "*.onnx", "original/*", "*.gguf", "onnx/*", "*.ot"]
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
+    try:
+        return Path(snapshot_download(model, ignore_patterns=ignore))
+    except GatedRepoError:
+        raise LowbitError(
+            f"{model} is gated: accept its licence on the hub, then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise LowbitError(f"{model} is neither a local folder nor a public hub id: check the name") from None
+    except HFValidationError:
+        raise LowbitError(f"{model} is neither a local folder nor a valid hub id (org/name)") from None
+    except Exception as error:  # huggingface_hub, httpx and the OS each have their own "can't reach"
+        reason = type(error).__name__
+        raise LowbitError(
+            f"{model} is not a local folder and the hub could not give it ({reason}): "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def _from_gguf(path: Path, scratch: Path) -> Path:
+    if not path.is_file():
+        raise LowbitError(f"{path} does not exist: give an existing .gguf file")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise LowbitError(f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'") from None
+    return _convert(scratch, str(path.parent.resolve()), gguf_file=path.name)
+
+
+def _convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
+    """Load with transformers whatever it can load, and save it as a safetensors folder."""
+    from transformers import AutoTokenizer, GgufConfig
+
+    kwargs: dict[str, Any] = {}
+    if gguf_file:
+        kwargs = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    target = scratch / "source"
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
+            kwargs.pop("quantization_config", None)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+            # GGUF holds neither: a length of 1e30 and an epsilon widened from float32.
+            if tokenizer.model_max_length > 2**31:
+                tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+            epsilon = getattr(model.config, "rms_norm_eps", None)
+            if epsilon:
+                model.config.rms_norm_eps = float(f"{epsilon:.6g}")
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LowbitError(f"{gguf_file or folder} could not be read: {first_line}") from error
+    return target
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise LowbitError(f"{folder} is already quantized ({method}): start from the original model")
+    architectures = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not causal.intersection(architectures):
+        raise LowbitError(
+            f"{folder} is {architectures or config.model_type}, not a causal language model "
+            "that transformers knows: give a text-generation model"
+        )
+    return config
+
+
+class Source:
+    """An opened model: a skeleton on the meta device and an index of the tensors on disk.
+
+    Attributes:
+        folder: Where the files are.
+        config: The model's configuration.
+        model: The skeleton, in evaluation mode.
+        dtype: Working precision of whatever is loaded.
+        extra_keys: Tensors on disk that the architecture does not use (draft layers and the like).
+        bytes: Size of all weight files.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Open `folder`.
+
+        Raises:
+            LowbitError: not a causal LM, already quantized, or a file is corrupt or missing a tensor.
+        """
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.dtype = dtype
+        self._file_of = self._index_files()
+        self.bytes = sum(file.stat().st_size for file in set(self._file_of.values()))
+        self.model = self._skeleton()
+        self._parameter_of, self.extra_keys = self._match_keys()
+        self._used_conversions: list[Any] = []
+
+    def _skeleton(self) -> PreTrainedModel:
+        # Eager experts multiply by one expert's matrix at a time, which is what calibration observes.
+        with quiet(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, experts_implementation="eager"
+            )
+        model.eval().requires_grad_(False)
+        model.tie_weights()
+        return model  # type: ignore[no-any-return]
+
+    def _index_files(self) -> dict[str, Path]:
+        file_of = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    file_of.update(dict.fromkeys(opened.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise LowbitError(f"{file} is corrupt or truncated ({error}): download it again") from None
+        return file_of
+
+    def _transforms(self) -> tuple[list[Any], list[Any]]:
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def _match_keys(self) -> tuple[dict[str, str], list[str]]:
+        """Parameter of every key on disk, and the keys that no parameter takes."""
+        renamings, converters = self._transforms()
+        known = self.model.state_dict()
+        parameter_of, extra = {}, []
+        for key in self._file_of:
+            renamed, pattern = rename_source_key(
+                key, renamings, converters, self.model.base_model_prefix, known
+            )
+            if renamed not in known and key in known:
+                renamed = key
+            if renamed in known:
+                parameter_of[key] = renamed
+            elif pattern is None:
+                extra.append(key)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        converted = {name for c in converters for name in c.target_patterns}
+        missing = [
+            name
+            for name, _ in self.model.named_parameters()
+            if name not in parameter_of.values() and name not in tied
+            and not any(part.strip("^$.\\") in name for part in converted)
+        ]  # fmt: skip
+        if missing:
+            raise LowbitError(
+                f"{self.folder} lacks {len(missing)} tensors (first: {missing[0]}): download it again"
+            )
+        return parameter_of, extra
+
+    def keys_under(self, prefixes: Iterable[str]) -> list[str]:
+        """Keys on disk that belong to the modules or parameters named by `prefixes`."""
+        wanted = tuple(prefixes)
+        return [
+            key
+            for key, name in self._parameter_of.items()
+            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in wanted)
+        ]
+
+    def keys_outside(self, prefixes: Iterable[str]) -> list[str]:
+        """Keys on disk that belong to the model but to none of `prefixes`, in file order."""
+        inside = set(self.keys_under(prefixes))
+        return [key for key in self._parameter_of if key not in inside]
+
+    def parameter_of(self, key: str) -> str:
+        """Name in the model of a key on disk (the first, where one tensor feeds several)."""
+        return self._parameter_of[key]
+
+    def read(self, key: str) -> Tensor:
+        """One tensor as it is on disk, in memory of its own."""
+        with safe_open(self._file_of[key], framework="pt") as opened:
+            return opened.get_tensor(key).clone()  # type: ignore[no-any-return]
+
+    def load(self, keys: Iterable[str], device: torch.device) -> None:
+        """Bring these keys' parameters into the skeleton, in the working precision.
+
+        Raises:
+            LowbitError: a weight is NaN or infinite, has the wrong shape, or can't be converted.
+        """
+        opened: dict[Path, Any] = {}
+        slices = {}
+        for key in keys:
+            file = self._file_of[key]
+            if file not in opened:
+                opened[file] = safe_open(file, framework="pt").__enter__()
+            slices[key] = opened[file].get_slice(key)
+        settings = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            device_map={"": device},
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+        for file_handle in opened.values():
+            file_handle.__exit__(None, None, None)
+        problems = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
+        if problems:
+            raise LowbitError(f"{self.folder}: {problems[0]} does not fit its configuration")
+        self._used_conversions += self.model._weight_conversions
+        self.model.tie_weights()  # a parameter that was just replaced may have a tied twin
+        self._check_finite(slices)
+
+    def _check_finite(self, keys: Iterable[str]) -> None:
+        for name in {self._parameter_of[key] for key in keys}:
+            weight = self.model.get_parameter_or_buffer(name)
+            if weight.is_floating_point() and not torch.isfinite(weight).all():
+                raise LowbitError(f"{self.folder}: {name} holds NaN or infinite weights: get a sound copy")
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """dtype of the model on disk."""
+        return self.config.dtype or torch.float32
+
+    def release(self) -> None:
+        """Let all weights go."""
+        free(self.model)
+
+    def names_on_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by parameter name, renamed (and unstacked) to the names of the source files.
+
+        Rows and experts are cut, never columns, so codes, scales and zeros pass through alike.
+        """
+        self.model._weight_conversions = self._used_conversions
+        return revert_weight_conversion(self.model, dict(tensors))  # type: ignore[no-any-return]
+
+
+def free(module: nn.Module) -> None:
+    """Send the parameters of `module` back to the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Everything beside the weights and the config: tokenizer, chat template, generation config."""
+    skipped = {file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
+    skipped |= {folder / "config.json", folder / ".gitattributes", folder / "README.md"}
+    suffixes = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken", ""}
+    return [
+        Path(entry.path)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.is_file() and Path(entry.path) not in skipped and Path(entry.name).suffix in suffixes
+    ]

@@ -1,0 +1,108 @@
+"""The model run one block at a time, on activations that are carried from block to block.
+
+The model's own forward drives every block: it makes masks and position embeddings and passes each
+block whatever that architecture passes. Blocks before the current one are stand-ins that hand their
+input on; the current one receives the carried activations in place of its input; after it the
+forward is stopped. So there is no copy of any model's calling convention here, and only the
+activations (one tensor per batch, in the working precision) are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class _Stop(Exception):
+    """Raised inside the model's forward once the block of interest has run."""
+
+
+class Stream:
+    """Carried activations of some batches of token ids.
+
+    Attributes:
+        batches: Token ids, int64 `[rows, length]` each; no padding.
+        hidden: What the next block reads, `[rows, length, hidden]` each; None before the first block.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.batches = list(batches)
+        self.hidden: list[Tensor | None] = [None] * len(self.batches)
+        self._extra_outputs = 0  # how many values a block returns beside its activations; -1: a bare tensor
+
+    def run(self, block: int, batch: int) -> Tensor:
+        """Output of block number `block` for one batch; the carried activations stay as they are."""
+        output: list[Tensor] = []
+        forward = self.blocks[block].forward
+
+        def run_and_stop(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*self._substitute(args, kwargs, batch), **kwargs)
+            if isinstance(result, tuple):
+                self._extra_outputs = len(result) - 1
+                result = result[0]
+            else:
+                self._extra_outputs = -1
+            output.append(result)
+            raise _Stop
+
+        with self._stand_ins(block), _replaced(self.blocks[block], run_and_stop), torch.no_grad():
+            try:
+                self.model(input_ids=self.batches[batch], use_cache=False)
+            except _Stop:
+                return output[0]
+        raise RuntimeError(f"{type(self.model).__name__} did not call its block {block}")
+
+    def advance(self, block: int) -> Iterator[int]:
+        """Carry all batches over `block`, yielding each batch's number when it is through."""
+        for batch in range(len(self.batches)):
+            self.hidden[batch] = self.run(block, batch)
+            yield batch
+
+    def logits(self, batch: int) -> Tensor:
+        """Logits of one batch after the last block (norm and head must be loaded)."""
+
+        def last_hidden(*args: Any, **kwargs: Any) -> Any:
+            return self._as_output(self.hidden[batch])
+
+        last = len(self.blocks) - 1
+        with self._stand_ins(last), _replaced(self.blocks[last], last_hidden), torch.no_grad():
+            logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
+        return logits
+
+    def _substitute(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Any, ...]:
+        hidden = self.hidden[batch]
+        if hidden is None:
+            return args
+        if args:
+            return (hidden, *args[1:])
+        kwargs["hidden_states"] = hidden
+        return args
+
+    def _as_output(self, hidden: Any) -> Any:
+        return hidden if self._extra_outputs < 0 else (hidden, *[None] * self._extra_outputs)
+
+    @contextmanager
+    def _stand_ins(self, until: int) -> Iterator[None]:
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            return self._as_output(args[0] if args else kwargs["hidden_states"])
+
+        with ExitStack() as stack:
+            for block in self.blocks[:until]:
+                stack.enter_context(_replaced(block, hand_on))
+            yield
+
+
+@contextmanager
+def _replaced(block: nn.Module, forward: Any) -> Iterator[None]:
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward  # the class's own method shows again
