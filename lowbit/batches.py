@@ -39,14 +39,18 @@ def find_batches(
         return [probe]
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and seq_len > longest:
-        raise LowbitError(f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that")
+        raise LowbitError(
+            f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that"
+        )
     tokens = None
     if spec is None:
         try:
             tokens = _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
             spec = DEFAULT_DATASET
         except LowbitError:
-            report.notes.append(f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself")  # fmt: skip
+            report.notes.append(
+                f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"
+            )
             spec = "self"
     if spec == "self":
         with quiet():

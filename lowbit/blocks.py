@@ -6,7 +6,8 @@ seen, and made up for, by everything after it. One block is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +46,12 @@ class QuantizedBlock:
     notes: list[str]
 
 
-def quantize_blocks(
-    source: Source,
-    plan: Plan,
-    stream: Stream,
-    method: str,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-) -> Iterator[QuantizedBlock]:
-    """Quantize every block in order.
+class BlockQuantizer:
+    """Quantizes the blocks of one model in order.
 
     Args:
         source: The opened model; everything outside the blocks that a forward needs is loaded.
-        plan: What to quantize.
+        plan: What to quantize. Reasons for what could not be are added to it.
         stream: The batches. The last one is only carried along (it serves to verify what was
             written); the others are the calibration data.
         method: Key of `ALGORITHMS`.
@@ -66,101 +59,143 @@ def quantize_blocks(
         device: Where blocks are loaded.
         progress: Told about every batch and matrix.
     """
-    count = len(plan.blocks)
-    probe = len(stream.batches) - 1
-    calibration = range(probe)
-    per_block = 2 * len(stream.batches) + 1
-    for number in range(count):
-        step = number * per_block
-        source.load(source.keys_under([f"{plan.path}.{number}"]), device)
-        everything = plan.matrices(number)
-        groups = find_groups(everything, lambda n=number: stream.run(n, probe))  # type: ignore[misc]
-        notes = _align_skips(plan, groups)
-        if ALGORITHMS[method].NEEDS_HESSIAN:
-            with observe(groups):
-                for batch in calibration:
-                    stream.run(number, batch)
-                    step += 1
-                    progress("quantize", step, count * per_block, f"block {number + 1}/{count}: observing")
-        rewritten = False
-        if method in REWRITES:
-            rewritten = _rewrite(plan, number, groups, lambda n=number: stream.run(n, probe), method, scale_dtype)  # type: ignore[misc]  # fmt: skip
-        quantized, layers = {}, []
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        stream: Stream,
+        method: str,
+        scale_dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.source, self.plan, self.stream, self.method = source, plan, stream, method
+        self.scale_dtype, self.device = scale_dtype, device
+        self._progress = progress
+        self._probe = len(stream.batches) - 1
+        self._calibrated = ALGORITHMS[method].NEEDS_HESSIAN
+        passes = self._probe * self._calibrated + len(stream.batches)
+        self._steps, self._step = passes * len(plan.blocks), 0
+
+    def __iter__(self) -> Iterator[QuantizedBlock]:
+        """Quantize block after block; each is freed when the next one is asked for."""
+        for number, block in enumerate(self.plan.blocks):
+            self.source.load(self.source.keys_under([self._path(number)]), self.device)
+            yield self._quantize(number)
+            free(block)
+
+    def _path(self, number: int) -> str:
+        return f"{self.plan.path}.{number}"
+
+    def _tell(self, number: int, what: str, steps: int = 0) -> None:
+        self._step += steps
+        where = f"block {number + 1}/{len(self.plan.blocks)}: {what}"
+        self._progress("quantize", self._step, self._steps, where)
+
+    def _quantize(self, number: int) -> QuantizedBlock:
+        matrices = self.plan.matrices(number)
+        groups = find_groups(matrices, lambda: self.stream.run(number, self._probe))
+        notes = _align_skips(self.plan, groups)
+        if self._calibrated:
+            self._observe(number, groups)
+        rewritten = self.method in REWRITES and self._rewrite(number, groups)
+        quantized, layers = self._round(number, groups)
+        for matrix in matrices:
+            if matrix not in quantized:
+                self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
+        for _ in self.stream.advance(number):
+            self._tell(number, "carrying on", 1)
+        return QuantizedBlock(
+            weights=_on_disk(self.source, quantized),
+            tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
+            layers=layers,
+            fingerprints={m.module_name: fingerprint(m.weight) for m in quantized if m.kind != "Expert"},
+            notes=notes,
+        )
+
+    def _observe(self, number: int, groups: Sequence[Group]) -> None:
+        with observe(groups):
+            for batch in range(self._probe):
+                self.stream.run(number, batch)
+                self._tell(number, "observing", 1)
+
+    def _rewrite(self, number: int, groups: Sequence[Group]) -> bool:
+        """Fold channel scales into the block where that pays; the Hessians follow."""
+        wanted = {g.matrices[0]: g for g in groups if self._members(g)}
+        readers = [(g.matrices, g.others) for g in wanted.values()]
+        folds = topology.find_folds(
+            self.plan.blocks[number], readers, lambda: self.stream.run(number, self._probe)
+        )
+        for fold in folds:
+            group = wanted[fold.consumers[0]]
+            weights = [matrix.weight for matrix in self._members(group)]
+            hessian = group.moment.mean()
+            scales = REWRITES[self.method](weights, hessian, self.plan.scheme, self.scale_dtype)
+            self._tell(number, f"scaled the input of {group.matrices[0].module_name}")
+            if scales is not None:
+                fold.apply(scales)
+                group.moment.rescale(scales)
+        return bool(folds)
+
+    def _members(self, group: Group) -> list[Matrix]:
+        return [matrix for matrix in group.matrices if matrix.module_name not in self.plan.skipped]
+
+    def _round(
+        self, number: int, groups: Sequence[Group]
+    ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
+        """Round every matrix and write it back, dequantized as a loader in bfloat16 does it."""
+        quantized: dict[Matrix, QuantizedWeight] = {}
+        layers: list[Layer] = []
         for group in groups:
-            members = [m for m in group.matrices if m.module_name not in plan.skipped]
-            for matrix, weight, layer in _quantize_group(members, group, plan, method, scale_dtype):
+            for matrix, weight, layer in self._round_group(self._members(group), group):
                 quantized[matrix] = weight
                 layers.append(layer)
                 matrix.weight.copy_(weight.dequantize(torch.bfloat16))
-                where = layer.name.removeprefix(f"{plan.path}.{number}.")
-                progress("quantize", step, count * per_block, f"block {number + 1}/{count}: {where} error {layer.error:.2e}")  # fmt: skip
+                where = layer.name.removeprefix(f"{self._path(number)}.")
+                self._tell(number, f"{where} error {layer.error:.2e}")
             group.moment.release()
-        unseen = [m for m in everything if m not in quantized and m.module_name not in plan.skipped]
-        for matrix in unseen:
-            plan.skipped[matrix.module_name] = "the block's forward never multiplies by it"
-        step = number * per_block + len(stream.batches)
-        for _ in stream.advance(number):
-            step += 1
-            progress("quantize", step, count * per_block, f"block {number + 1}/{count}: carrying on")
-        yield QuantizedBlock(
-            weights=_on_disk(source, quantized),
-            tensors=_rest_of_block(source, plan, number, quantized, rewritten),
-            layers=layers,
-            fingerprints={m.module_name: fingerprint(m.weight) for m in quantized if m.kind == "Linear"},
-            notes=notes,
+        return quantized, layers
+
+    def _round_group(
+        self, members: Sequence[Matrix], group: Group
+    ) -> Iterator[tuple[Matrix, QuantizedWeight, Layer]]:
+        """Matrices of one input are stacked and rounded together: their rows are independent."""
+        if not members:
+            return
+        hessian = group.moment.mean() if self._calibrated else None
+        stacked = torch.cat([matrix.weight for matrix in members]).float()
+        weight, note = ALGORITHMS[self.method].quantize_weight(
+            stacked, hessian, self.plan.scheme, self.scale_dtype
         )
-        free(plan.blocks[number])
+        sizes = [matrix.shape[0] for matrix in members]
+        errors = _relative_errors(stacked, weight, hessian, sizes)
+        for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
+            yield matrix, part, Layer(matrix.module_name, matrix.shape, str(self.plan.scheme), error, note)
+
+    def _rest(self, number: int, done: Collection[str], rewritten: bool) -> dict[str, Tensor | None]:
+        """Norms, biases, routers, skipped weights: as in the source, unless a rewrite touched the block."""
+        path = self._path(number)
+        if not rewritten:
+            keys = self.source.keys_under([path])
+            return {key: None for key in keys if self.source.parameter_of(key) not in done}
+        parameters = self.plan.blocks[number].named_parameters(prefix=path)
+        return dict(self.source.names_on_disk({n: p.data for n, p in parameters if n not in done}))
 
 
 def _align_skips(plan: Plan, groups: Sequence[Group]) -> list[str]:
     """Matrices that share an input are fused by engines (q/k/v, gate/up): skip all of them or none."""
     notes = []
     for group in groups:
-        skipped = [m for m in group.matrices if plan.skipped.get(m.module_name, "").startswith("--skip")]
-        others = [m for m in group.matrices if m.module_name not in plan.skipped]
+        names = [matrix.module_name for matrix in group.matrices]
+        skipped = [name for name in names if plan.skipped.get(name, "").startswith("--skip")]
+        others = [name for name in names if name not in plan.skipped]
         if skipped and others:
-            reason = f"shares its input with {skipped[0].module_name}, which is skipped"
-            plan.skipped.update({m.module_name: reason for m in others})
-            notes += [f"{m.module_name} is skipped too: engines fuse it with {skipped[0].module_name}" for m in others]  # fmt: skip
+            plan.skipped.update(
+                dict.fromkeys(others, f"shares its input with {skipped[0]}, which is skipped")
+            )
+            notes += [f"{name} is skipped too: engines fuse it with {skipped[0]}" for name in others]
     return notes
-
-
-def _rewrite(
-    plan: Plan,
-    number: int,
-    groups: Sequence[Group],
-    run: Callable[[], Tensor],
-    method: str,
-    scale_dtype: torch.dtype,
-) -> bool:
-    """Fold channel scales into the block where the method asks for it; Hessians follow."""
-    wanted = [g for g in groups if any(m.module_name not in plan.skipped for m in g.matrices)]
-    folds = topology.find_folds(plan.blocks[number], [(g.matrices, g.others) for g in wanted], run)
-    group_of = {group.matrices[0]: group for group in wanted}
-    for fold in folds:
-        group = group_of[fold.consumers[0]]
-        weights = [m.weight for m in fold.consumers if m.module_name not in plan.skipped]
-        scales = REWRITES[method](weights, group.moment.mean(), plan.scheme, scale_dtype)
-        if scales is not None:
-            fold.apply(scales)
-            group.moment.rescale(scales)
-    return bool(folds)
-
-
-def _quantize_group(
-    members: Sequence[Matrix], group: Group, plan: Plan, method: str, scale_dtype: torch.dtype
-) -> Iterator[tuple[Matrix, QuantizedWeight, Layer]]:
-    """Round the matrices of one input together: rows are independent, so they are stacked."""
-    if not members:
-        return
-    algorithm = ALGORITHMS[method]
-    hessian = group.moment.mean() if algorithm.NEEDS_HESSIAN else None
-    stacked = torch.cat([m.weight for m in members]).float()
-    weight, note = algorithm.quantize_weight(stacked, hessian, plan.scheme, scale_dtype)
-    sizes = [m.shape[0] for m in members]
-    errors = _relative_errors(stacked, weight, hessian, sizes)
-    for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
-        yield matrix, part, Layer(matrix.module_name, matrix.shape, str(plan.scheme), error, note)
 
 
 def _relative_errors(
@@ -201,21 +236,7 @@ def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dic
     }
 
 
-def _rest_of_block(
-    source: Source, plan: Plan, number: int, quantized: Mapping[Matrix, QuantizedWeight], rewritten: bool
-) -> dict[str, Tensor | None]:
-    """Norms, biases, routers, skipped weights: as in the source, unless a rewrite touched the block."""
-    path = f"{plan.path}.{number}"
-    done = {matrix.name for matrix in quantized}
-    if not rewritten:
-        return {k: None for k in source.keys_under([path]) if source.parameter_of(k) not in done}
-    rest = {n: p.data for n, p in plan.blocks[number].named_parameters(prefix=path) if n not in done}
-    return dict(source.names_on_disk(rest))
-
-
 def fingerprint(weight: Tensor) -> bytes:
     """Digest of a weight's bfloat16 bits, to prove that what was read is what was written."""
-    import hashlib
-
     bits = weight.to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy()
-    return hashlib.blake2b(bits, digest_size=16).digest()
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()

@@ -68,7 +68,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     saved = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

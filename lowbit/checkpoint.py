@@ -100,7 +100,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def quantized_config(source_config: Path, quantization: Mapping[str, Any], tied: bool | None) -> dict[str, Any]:
+def quantized_config(
+    source_config: Path, quantization: Mapping[str, Any], tied: bool | None
+) -> dict[str, Any]:
     """The source's `config.json` with the quantization added.
 
     Args:
@@ -123,7 +125,7 @@ def quantized_config(source_config: Path, quantization: Mapping[str, Any], tied:
 
 
 def stored_dtype(source_dtype: torch.dtype, model_dtype: torch.dtype) -> torch.dtype:
-    """dtype in which an unquantized tensor is written.
+    """The dtype in which an unquantized tensor is written.
 
     bfloat16, except that float32 tensors of a model that is not float32 are so on purpose.
     """

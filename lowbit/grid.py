@@ -29,13 +29,14 @@ SHRINKS = tuple(step / 40 for step in range(44, 19, -1) if step != 40)
 """Factors on the range that a search tries, 1.1 down to 0.5. Above 1, a signed grid gives up a little
 of its step to reach a weight opposite to the outermost, whose side ends one code earlier."""
 
-CACHED_WEIGHTS = 2**17
-"""Weights searched at a time: few enough to stay in a core's cache while every shrink is tried."""
+SEARCHED_AT_ONCE = 2**19
+"""Weights for which every shrink is tried before the next: bounds the memory and suits the cache."""
 
 
 def to_groups(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """View `weight [out, in]` as `[out, groups, columns_per_group]`."""
-    return weight.unflatten(-1, (-1, scheme.columns_per_group(weight.shape[-1])))
+    groups: Tensor = weight.unflatten(-1, (-1, scheme.columns_per_group(weight.shape[-1])))
+    return groups
 
 
 def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -103,7 +104,7 @@ def search_params(
     Returns:
         As `find_params`, which also says what is raised.
     """
-    rows = max(1, CACHED_WEIGHTS // weight.shape[1])
+    rows = max(1, SEARCHED_AT_ONCE // weight.shape[1])
     found = [_search_rows(part, scheme, scale_dtype, group_errors, shrinks) for part in weight.split(rows)]
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 

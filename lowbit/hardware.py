@@ -1,6 +1,9 @@
-"""Which device and which working precision."""
+"""Which device, which working precision, how much memory."""
 
 from __future__ import annotations
+
+import resource
+import sys
 
 import torch
 
@@ -8,6 +11,11 @@ from lowbit.errors import LowbitError
 
 
 def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        LowbitError: it can't be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -19,11 +27,23 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Working precision; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Working precision; `auto` is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        LowbitError: no such precision.
+    """
     if name == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+        fast = (
+            torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+        )
         return torch.bfloat16 if fast else torch.float32
     dtype = getattr(torch, name, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise LowbitError(f"--dtype {name} is not supported: use auto, bfloat16, float16 or float32")
     return dtype  # type: ignore[no-any-return]
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -8,21 +8,31 @@ AWQ), and everything else is left to transformers. `load_stock` is what a user w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
 from lowbit.quantized import QuantizedWeight
 
 
-def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Load a model folder or hub id, quantized or not, as a dense model in evaluation mode.
 
     Args:
@@ -44,8 +54,15 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", device: str | to
         return load_stock(folder, dtype, device)
     del config.quantization_config
     try:
-        state = {name: tensor for name, tensor in dense_tensors(Path(folder), fmt, quantization)}
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=_resolve(config, dtype))
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+        state = dict(dense_tensors(Path(folder), fmt, quantization, transposed))
+        model = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, dtype=_resolve(config, dtype)
+        )
+        if (Path(folder) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval().to(device)  # type: ignore[no-any-return]
@@ -73,9 +90,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         LowbitError: there is none that works.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
-        raise LowbitError(f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+        raise LowbitError(
+            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def quantization_of(folder: str | Path) -> tuple[dict[str, Any], Format | None]:
@@ -84,28 +103,30 @@ def quantization_of(folder: str | Path) -> tuple[dict[str, Any], Format | None]:
     return quantization, _format(quantization)
 
 
-def dense_tensors(folder: Path, fmt: Format, quantization: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every tensor of a packed checkpoint with the packed ones dequantized, in the dtype of their scales."""
-    tensors: list[tuple[str, Tensor]] = []
+def dense_tensors(
+    folder: Path, fmt: Format, quantization: Mapping[str, Any], transposed: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a packed checkpoint, the packed ones as a bfloat16 loader holds them.
+
+    `transposed` names the modules that keep their weight as `[in, out]` (GPT-2's Conv1D).
+    """
     for name, value in packed_tensors(folder, fmt, quantization):
-        if isinstance(value, QuantizedWeight):
-            # What a loader in bfloat16 holds: the exact product, rounded once.
-            tensors.append((f"{name}.weight", value.dequantize(torch.bfloat16)))
+        if isinstance(value, Tensor):
+            yield name, value
         else:
-            tensors.append((name, value))
-    return tensors
+            weight = value.dequantize(torch.bfloat16)
+            yield f"{name}.weight", weight.T.contiguous() if name in transposed else weight
 
 
 def packed_tensors(
     folder: Path, fmt: Format, quantization: Mapping[str, Any]
-) -> list[tuple[str, QuantizedWeight | Tensor]]:
+) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
     """Tensors of a checkpoint; those of one packed layer come as one `QuantizedWeight` by module name.
 
     Raises:
         LowbitError: a layer lacks a tensor or does not fit the configuration.
     """
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    found: list[tuple[str, QuantizedWeight | Tensor]] = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (not a mapping)
@@ -113,11 +134,10 @@ def packed_tensors(
                 if suffix in fmt.TENSORS:
                     parts[module][suffix] = opened.get_tensor(key)
                 else:
-                    found.append((key, opened.get_tensor(key)))
+                    yield key, opened.get_tensor(key)
     for module, tensors in parts.items():
         scheme = fmt.read_config(quantization, module)
-        found.append((module, fmt.unpack(tensors, scheme, quantization)))
-    return found
+        yield module, fmt.unpack(tensors, scheme, quantization)
 
 
 def _config(folder: str | Path) -> Any:
@@ -142,4 +162,4 @@ def _format(quantization: Mapping[str, Any]) -> Format | None:
 def _resolve(config: Any, dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    return (config.dtype or torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]
+    return (config.dtype or torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)

@@ -21,7 +21,7 @@ from lowbit import checkpoint
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, rtn
 from lowbit.batches import find_batches
-from lowbit.blocks import Progress, fingerprint, quantize_blocks
+from lowbit.blocks import BlockQuantizer, Progress, fingerprint
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
@@ -89,8 +89,8 @@ def quantize(
         LowbitError: anything the user can mend; nothing is left behind.
         VerificationError: the written checkpoint is not what was computed; nothing is left behind.
 
-    >>> report = quantize(tiny_model, QuantScheme(bits=4, group_size=32), output=folder / "w4", dataset="self",
-    ...                   samples=8, seq_len=32)
+    >>> report = quantize(tiny_model, QuantScheme(bits=4, group_size=32), output=folder / "w4",
+    ...                   dataset="self", samples=8, seq_len=32)
     >>> report.scheme, report.verification.loader
     ('w4g32', 'stock transformers')
     """
@@ -108,7 +108,7 @@ def quantize(
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch_name:
             scratch = Path(scratch_name)
-            folder = _save_loaded(model, tokenizer, scratch) if isinstance(model, PreTrainedModel) else sources.find(str(model), scratch)  # fmt: skip
+            folder = _find(model, tokenizer, scratch)
             opened = Source(folder, find_dtype(dtype, where))
             plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
                              auto_group=auto_group or scheme is None)  # fmt: skip
@@ -135,7 +135,13 @@ class _Road:
     """The steps from an opened source to a verified checkpoint, and what they share."""
 
     def __init__(
-        self, source: Source, plan: Plan, fmt: Format, report: Report, device: torch.device, progress: Progress
+        self,
+        source: Source,
+        plan: Plan,
+        fmt: Format,
+        report: Report,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
         self.source, self.plan, self.fmt, self.report = source, plan, fmt, report
         self.device, self.progress = device, progress
@@ -158,7 +164,9 @@ class _Road:
                 self._copy(writer, key)
         for key in source.extra_keys:
             writer.add(key, source.read(key))
-        blocks = quantize_blocks(source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress)  # fmt: skip
+        blocks = BlockQuantizer(
+            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress
+        )
         for block in blocks:
             for name, weight in block.weights.items():
                 self._pack(writer, name, weight)
@@ -219,7 +227,9 @@ class _Road:
         report.warnings = self.fmt.warnings(self.schemes, self.shapes)
         report.skipped = plan.skipped
         report.output_bytes = writer.total_size
-        report.notes += [f"{key} is not used by the architecture: copied as it is" for key in source.extra_keys]
+        report.notes += [
+            f"{key} is not used by the architecture: copied as it is" for key in source.extra_keys
+        ]
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
 
@@ -239,7 +249,12 @@ def _silent(stage: str, done: int, total: int, detail: str) -> None:
     pass
 
 
-def _save_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Path:
+def _find(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path
+) -> Path:
+    """The folder of `model`; one that is in memory is saved first."""
+    if not isinstance(model, PreTrainedModel):
+        return sources.find(str(model), scratch)
     folder = scratch / "source"
     with quiet():
         model.save_pretrained(folder)
@@ -247,7 +262,9 @@ def _save_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
             try:
                 tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
             except (OSError, ValueError):
-                raise LowbitError("the model has no folder to take its tokenizer from: pass tokenizer=") from None
+                raise LowbitError(
+                    "the model has no folder to take its tokenizer from: pass tokenizer="
+                ) from None
         tokenizer.save_pretrained(folder)
     return folder
 

@@ -76,3 +76,8 @@ class Report:
     output_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+
+    @property
+    def calibration_used(self) -> bool:
+        """Is `Layer.error` that of the output (on calibration data) or that of the weight?"""
+        return not self.calibration.startswith("none")

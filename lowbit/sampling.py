@@ -36,10 +36,9 @@ def sample_from_model(
 
     As in LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section 3.1): a first token drawn uniformly
     from the vocabulary, a few greedy tokens that make sense of it, then sampling from the model's
-    distribution, here at temperature 1 so that the text is as surprising as what it was trained
-    on. Williams et al. (2024, arXiv:2410.17170) find such text as good a calibration set as real
-    data. Special tokens and padding of the vocabulary are never a first token. A row does not stop
-    at EOS: a new text begins there with a new first token.
+    own distribution (temperature 1). Williams et al. (2024, arXiv:2410.17170) find text that the
+    model wrote as good a calibration set as real data. Special tokens and padding of the vocabulary are never a first token. A row does not stop
+    at EOS: the model goes on as after EOS in its training data, with the next text or turn.
 
     Args:
         model: A causal language model in eval mode, on any device; its dtype is used.
@@ -57,16 +56,16 @@ def sample_from_model(
     """
     prefix = prefix_ids(tokenizer)
     check_shape(samples, seq_len, prefix)
-    firsts = torch.ones(min(len(tokenizer), model.config.get_text_config().vocab_size))
-    firsts[tokenizer.all_special_ids] = 0
+    vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    firsts = torch.ones(vocabulary, device=model.device)
+    firsts[[i for i in tokenizer.all_special_ids if i < vocabulary]] = 0
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.zeros(samples, seq_len, dtype=torch.int64, device=model.device)
     tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    tokens[:, len(prefix)] = _draw(firsts.expand(samples, -1), generator)
     for start in range(0, samples, BATCH):
         batch = tokens[start : start + BATCH]
-        for length in _write(
-            model, batch, len(prefix), firsts.to(model.device), tokenizer.eos_token_id, generator
-        ):
+        for length in _write(model, batch, len(prefix) + 1, vocabulary, tokenizer.eos_token_id, generator):
             if progress:
                 progress(start * seq_len + len(batch) * length, samples * seq_len)
     return tokens.cpu()
@@ -76,38 +75,29 @@ def _write(
     model: PreTrainedModel,
     tokens: Tensor,
     begin: int,
-    firsts: Tensor,
+    vocabulary: int,
     eos: int | None,
     generator: torch.Generator,
 ) -> Iterator[int]:
-    """Fill `tokens [batch, seq_len]` from column `begin` on, in place.
-
-    `firsts [vocabulary]` is 1 for every token that may begin a text. Yields the length reached
-    after each column.
-    """
+    """Fill `tokens [batch, seq_len]` in place after its first `begin` columns; yield each length reached."""
     cache, seen = None, 0
     for position in range(begin, tokens.shape[1]):
-        chosen = _draw(firsts.expand(len(tokens), -1), generator)
-        if position > begin:
-            with torch.inference_mode():
-                output = model(input_ids=tokens[:, seen:position], past_key_values=cache, use_cache=True)
-            cache, seen = output.past_key_values, position
-            probabilities = output.logits[:, -1, : len(firsts)].float().softmax(-1)
-            if probabilities.isnan().any():
-                name = model.config.name_or_path or type(model).__name__
-                raise LowbitError(f"{name} gives NaN logits: load it in bfloat16 or float32")
-            if position <= begin + GREEDY:
-                following = probabilities.argmax(-1)
-            else:
-                following = _draw(probabilities, generator)
-            ended = tokens[:, position - 1] == (-1 if eos is None else eos)
-            chosen = torch.where(ended, chosen, following)
-        tokens[:, position] = chosen
+        with torch.inference_mode():
+            output = model(input_ids=tokens[:, seen:position], past_key_values=cache, use_cache=True)
+        cache, seen = output.past_key_values, position
+        probabilities = output.logits[:, -1, :vocabulary].float().softmax(-1)
+        if probabilities.isnan().any():
+            name = model.config.name_or_path or type(model).__name__
+            raise LowbitError(f"{name} gives NaN logits: load it in bfloat16 or float32")
+        if eos is not None:  # text follows EOS, even where a model would pad with more of it
+            probabilities[tokens[:, position - 1] == eos, eos] = 0
+        greedy = position < begin + GREEDY
+        tokens[:, position] = probabilities.argmax(-1) if greedy else _draw(probabilities, generator)
         yield position + 1
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One index per row of `weights [batch, vocabulary]`, int64 `[batch]`, by the inverse of the distribution.
+    """One index per row of `weights [batch, vocabulary]`, drawn in proportion to them; int64 `[batch]`.
 
     A draw costs one number per row; `torch.multinomial` draws one per entry, which on the CPU takes
     as long as a small model.

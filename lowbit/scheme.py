@@ -51,12 +51,12 @@ class QuantScheme:
     @property
     def levels(self) -> int:
         """Number of codes, `2 ** bits`."""
-        return 2**self.bits
+        return int(2**self.bits)
 
     @property
     def middle(self) -> int:
         """The zero of a symmetric grid, `2 ** (bits - 1)`."""
-        return 2 ** (self.bits - 1)
+        return int(2 ** (self.bits - 1))
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns in a group of a row of `in_features` weights.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,7 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(model, ignore_patterns=ignore))
     except GatedRepoError:
-        raise LowbitError(
-            f"{model} is gated: accept its licence on the hub, then `hf auth login`"
-        ) from None
+        raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
     except RepositoryNotFoundError:
         raise LowbitError(f"{model} is neither a local folder nor a public hub id: check the name") from None
     except HFValidationError:
@@ -117,7 +115,9 @@ def _from_gguf(path: Path, scratch: Path) -> Path:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise LowbitError(f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'") from None
+        raise LowbitError(
+            f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'"
+        ) from None
     return _convert(scratch, str(path.parent.resolve()), gguf_file=path.name)
 
 
@@ -150,7 +150,7 @@ def _convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error
@@ -215,14 +215,14 @@ class Source:
                 raise LowbitError(f"{file} is corrupt or truncated ({error}): download it again") from None
         return file_of
 
-    def _transforms(self) -> tuple[list[Any], list[Any]]:
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    def _mapping(self) -> Any:
+        return get_model_conversion_mapping(self.model)
 
     def _match_keys(self) -> tuple[dict[str, str], list[str]]:
         """Parameter of every key on disk, and the keys that no parameter takes."""
-        renamings, converters = self._transforms()
+        mapping = self._mapping()
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
         parameter_of, extra = {}, []
         for key in self._file_of:
@@ -278,27 +278,26 @@ class Source:
         Raises:
             LowbitError: a weight is NaN or infinite, has the wrong shape, or can't be converted.
         """
-        opened: dict[Path, Any] = {}
-        slices = {}
-        for key in keys:
-            file = self._file_of[key]
-            if file not in opened:
-                opened[file] = safe_open(file, framework="pt").__enter__()
-            slices[key] = opened[file].get_slice(key)
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             device_map={"": device},
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=self._mapping(),
         )
-        with quiet():
+        with quiet(), ExitStack() as files:
+            opened: dict[Path, Any] = {}
+            slices = {}
+            for key in keys:
+                file = self._file_of[key]
+                if file not in opened:
+                    opened[file] = files.enter_context(safe_open(file, framework="pt"))
+                slices[key] = opened[file].get_slice(key)
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
-        for file_handle in opened.values():
-            file_handle.__exit__(None, None, None)
         problems = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
         if problems:
             raise LowbitError(f"{self.folder}: {problems[0]} does not fit its configuration")
-        self._used_conversions += self.model._weight_conversions
+        used: Any = self.model._weight_conversions
+        self._used_conversions += used
         self.model.tie_weights()  # a parameter that was just replaced may have a tied twin
         self._check_finite(slices)
 
@@ -310,8 +309,9 @@ class Source:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """dtype of the model on disk."""
-        return self.config.dtype or torch.float32
+        """The dtype of the model on disk."""
+        dtype: Any = self.config.dtype
+        return dtype or torch.float32
 
     def release(self) -> None:
         """Let all weights go."""
@@ -322,7 +322,7 @@ class Source:
 
         Rows and experts are cut, never columns, so codes, scales and zeros pass through alike.
         """
-        self.model._weight_conversions = self._used_conversions
+        self.model._weight_conversions = self._used_conversions  # type: ignore[assignment]
         return revert_weight_conversion(self.model, dict(tensors))  # type: ignore[no-any-return]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,11 +144,10 @@ class Fold:
             if self.producer.bias is not None:
                 self.producer.bias[-rows:].div_(scales)
             return
-        weight = self.producer.weight.data  # type: ignore[union-attr]
+        weight, bias = _norm_parameters(self.producer)
         weight.copy_((weight.float() + self.offset) / scales - self.offset)
-        bias = getattr(self.producer, "bias", None)
         if bias is not None:
-            bias.data.div_(scales)
+            bias.div_(scales)
 
 
 def find_folds(
@@ -174,7 +174,7 @@ def find_folds(
         if any(matrix.kind == "Expert" for matrix in members):
             continue
         channels = members[0].shape[1]
-        producers: list[nn.Module | Matrix] = [n for n in norms if n.weight.numel() == channels]  # type: ignore[union-attr, operator]
+        producers: list[nn.Module | Matrix] = [n for n in norms if len(_norm_parameters(n)[0]) == channels]
         producers += [p for p in every if p not in members and p.kind != "Expert" and p.shape[0] >= channels]
         for producer in producers:
             offset = 0.0 if isinstance(producer, Matrix) else _norm_offset(producer)
@@ -191,11 +191,16 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
 
 
+def _norm_parameters(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight: Any = norm.weight
+    bias: Any = getattr(norm, "bias", None)
+    return weight.data, None if bias is None else bias.data
+
+
 def _norm_offset(norm: nn.Module) -> float:
     """1.0 for a norm that multiplies by `1 + weight`, found by giving it a weight of zero."""
-    weight: Tensor = norm.weight.data  # type: ignore[union-attr, assignment]
+    weight, bias = _norm_parameters(norm)
     saved = weight.clone()
-    bias = getattr(norm, "bias", None)
     weight.zero_()
     probe = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
     output = norm(probe[None]) - (0 if bias is None else bias)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from lowbit import hf
 from lowbit.blocks import fingerprint
@@ -51,8 +52,9 @@ def verify(
     compared = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if name in fingerprints and isinstance(weight, Tensor) and isinstance(module, nn.Linear):
+        if name in fingerprints and isinstance(weight, Tensor):
             compared += 1
+            weight = weight.T if isinstance(module, Conv1D) else weight
             if fingerprint(weight) != fingerprints[name]:
                 raise VerificationError(f"{name} read back from {folder} differs from what was quantized")
     if fingerprints and not compared:

@@ -1,8 +1,8 @@
 """AWQ: make the weights of large inputs finer, and clip what is not worth its range.
 
-Two parts of Lin et al. 2023 (arXiv:2306.00978, section 3.2), both pure functions and both judged by
-the expected error of the output on the calibration inputs, `tr(D H D^T)` with D the error of the
-weight. The second moment H of the inputs is all that it takes: no activations are kept.
+The two parts of Lin et al. 2023 (arXiv:2306.00978, section 3.2) as pure functions, both judged by the
+expected error of the output, `tr(D H D^T)` with D the error of the weight. The second moment H of
+the inputs is all that it takes: no activations are kept.
 
 `find_channel_scales` looks for a factor per input channel. Multiplying the weight by it and
 dividing the input by it changes nothing before rounding; folding the division into the layer
@@ -34,8 +34,9 @@ def find_channel_scales(
 ) -> Tensor | None:
     """Factors of the input channels that make the summed output error of `weights` smallest.
 
-    The candidates are `rms(x) ** alpha`, alpha in 0 ... 1, scaled so that the largest and the
-    smallest factor are reciprocal (equation 5 of the paper).
+    The candidates are `rms(x) ** alpha / magnitude(w) ** (1 - alpha)`, alpha in 0 ... 1: a channel
+    becomes finer the larger its input, and coarser the larger its weights already are in their
+    groups. They are normalised so that the largest and the smallest factor are reciprocal.
 
     Args:
         weights: The float matrices `[out_i, in]` that read this input.
@@ -46,22 +47,37 @@ def find_channel_scales(
 
     Returns:
         float32 `[in]`, to multiply the weights' columns and divide the input by; None where no
-        candidate beats no scaling.
+        candidate beats no scaling, or the Hessian is of no use.
+
+    Raises:
+        LowbitError: a group size that does not divide `in`, a scale that overflows.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(hessian).all() or not hessian.diagonal().any():
         return None
-    rms = hessian.diagonal().clamp(min=0).sqrt()
-    if not rms.any():
-        return None
-    rms = rms.clamp(min=float(rms.max()) * 1e-4)
+    rms = _away_from_zero(hessian.diagonal().clamp(min=0).sqrt())
+    magnitude = _away_from_zero(_mean_magnitude(weights, scheme))
     best, least = None, _scaled_error(weights, None, hessian, scheme, scale_dtype)
-    for point in range(1, points + 1):
-        factors = rms ** (point / points)
+    for alpha in torch.linspace(0, 1, points).tolist():
+        factors = rms**alpha / magnitude ** (1 - alpha)
         factors /= (factors.max() * factors.min()).sqrt()
         error = _scaled_error(weights, factors, hessian, scheme, scale_dtype)
         if error < least:
             best, least = factors, error
     return best
+
+
+def _mean_magnitude(weights: Sequence[Tensor], scheme: QuantScheme) -> Tensor:
+    """Mean over all rows of `|w|` relative to the largest of its group, `[in]`."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:
+        groups = grid.to_groups(weight.float().abs(), scheme)
+        total += (groups / groups.amax(-1, keepdim=True).clamp(min=1e-30)).flatten(-2).sum(0)
+    return total / sum(len(weight) for weight in weights)
+
+
+def _away_from_zero(values: Tensor) -> Tensor:
+    """Bounded below by a ten-thousandth of the largest: an input that never fires stays an input."""
+    return values.clamp(min=max(float(values.max()) * 1e-4, 1e-30))
 
 
 def quantize_weight(
@@ -91,11 +107,10 @@ def quantize_weight(
         LowbitError: no Hessian, a group size that does not divide `in`, a scale that overflows.
     """
     if hessian is None:
-        raise LowbitError("awq needs calibration data: give it a hessian, or use rtn")
+        raise LowbitError("awq needs calibration data: pass a hessian, or use rtn")
     if not torch.isfinite(hessian).all():
-        return rtn.quantize_weight(weight, None, scheme, scale_dtype)[0], (
-            "the Hessian is not finite: rounded to nearest without clipping"
-        )
+        note = "the Hessian is not finite: rounded to nearest, not clipped"
+        return rtn.quantize_weight(weight, None, scheme, scale_dtype)[0], note
     group = scheme.columns_per_group(weight.shape[1])
     blocks = torch.stack([hessian[i : i + group, i : i + group] for i in range(0, len(hessian), group)])
 
@@ -105,7 +120,8 @@ def quantize_weight(
 
     scales, zeros = grid.search_params(weight, scheme, scale_dtype, output_errors, shrinks)
     codes = grid.quantize(weight, scales, zeros, scheme)
-    return QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme), ""
+    note = "" if hessian.diagonal().any() else "no calibration token reached this weight: rounded to nearest"
+    return QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme), note
 
 
 def _scaled_error(
@@ -121,8 +137,22 @@ def _scaled_error(
         scaled = weight.float() if factors is None else weight.float() * factors
         scales, zeros = grid.find_params(scaled, scheme, scale_dtype)
         codes = grid.quantize(scaled, scales, zeros, scheme)
-        error = grid.dequantize(codes, scales, zeros, scheme).sub_(scaled)
+        errors = grid.dequantize(codes, scales, zeros, scheme).sub_(scaled)
         if factors is not None:
-            error /= factors
-        total += float((error @ hessian).mul_(error).sum())
+            errors /= factors
+        total += output_error(errors, hessian)
+    return total
+
+
+def output_error(errors: Tensor, hessian: Tensor, block_size: int = 512) -> float:
+    """`tr(D H D^T)`, the expected squared error of the output, of `errors = D [out, in]`.
+
+    H is symmetric: the blocks above its diagonal count twice and those below are not multiplied.
+    """
+    total = 0.0
+    for start in range(0, errors.shape[1], block_size):
+        here = errors[:, start : start + block_size]
+        seen = 2 * errors[:, :start] @ hessian[:start, start : start + block_size]
+        seen += here @ hessian[start : start + block_size, start : start + block_size]
+        total += float((seen * here).sum())
     return total

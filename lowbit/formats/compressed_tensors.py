@@ -217,13 +217,14 @@ def _targets(schemes: Mapping[str, QuantScheme]) -> dict[QuantScheme, list[str]]
         targets[next(iter(in_blocks.values()))] = ["Linear"]
     else:
         targets |= _block_targets(in_blocks)
-    for name in schemes.keys() - in_blocks.keys():  # engines do not take the output head for a Linear
-        targets.setdefault(schemes[name], []).append(name)
+    for name, scheme in schemes.items():
+        if name not in in_blocks:  # engines do not take the output head for a Linear
+            targets.setdefault(scheme, []).append(name)
     return targets
 
 
 def _block_targets(schemes: Mapping[str, QuantScheme]) -> dict[QuantScheme, list[str]]:
-    """One expression per scheme and place in a block, `re:^model\\.layers\\.(?:0|7)\\.mlp\\.up_proj$`."""
+    r"""One expression per scheme and place in a block: `re:^model\.layers\.(?:0|7)\.mlp\.up_proj$`."""
     experts = {scheme for name, scheme in schemes.items() if _EXPERT.match(name)}
     targets = {scheme: [f"re:{_EXPERT.pattern}"] for scheme in experts}
     numbers: dict[tuple[str, str], dict[QuantScheme, list[str]]] = defaultdict(lambda: defaultdict(list))

@@ -20,7 +20,9 @@ def pack_stream(codes: list[int], bits: int) -> list[int]:
     """One row as text: every code in binary, last first, then cut into words from the right."""
     text = "".join(format(code, f"0{bits}b") for code in reversed(codes))
     text = text.zfill(-(-len(text) // 32) * 32)
-    return [signed(int(text[len(text) - 32 * (i + 1) : len(text) - 32 * i], 2)) for i in range(len(text) // 32)]
+    return [
+        signed(int(text[len(text) - 32 * (i + 1) : len(text) - 32 * i], 2)) for i in range(len(text) // 32)
+    ]
 
 
 def pack_rows(codes: Array, bits: int) -> Array:
@@ -34,7 +36,9 @@ def autogptq_pack_columns(rows: Array, bits: int) -> Array:
     if bits != 3:
         fields = 32 // bits
         for start in range(0, len(rows), fields):
-            packed.append(sum(rows[start + j].astype(np.uint64) << np.uint64(bits * j) for j in range(fields)))
+            packed.append(
+                sum(rows[start + j].astype(np.uint64) << np.uint64(bits * j) for j in range(fields))
+            )
     else:
         for start in range(0, len(rows), 32):
             row = [rows[start + j].astype(np.uint64) for j in range(32)]

@@ -92,7 +92,7 @@ def test_what_rounding_makes_survives(fmt: Format, scheme: QuantScheme) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_scales_of_another_dtype_are_refused(fmt: Format) -> None:
-    other = torch.bfloat16 if fmt.SCALE_DTYPE == torch.float16 else torch.float16
+    (other,) = {torch.bfloat16, torch.float16} - {fmt.SCALE_DTYPE}
     with pytest.raises(ValueError, match="scales must be"):
         fmt.pack(random_weight(QuantScheme(4, 32, False), (32, 64), other))
 

@@ -1,0 +1,239 @@
+"""What quantization cost: perplexity, divergence from the original, agreement on the next token.
+
+Perplexity alone is a noisy judge: on a few dozen windows its standard error is larger than the
+harm of a good 4-bit quantization. Three numbers that compare the same tokens are far sharper:
+
+- the ratio of the two perplexities, whose error is that of the *paired* differences;
+- the mean over tokens of `KL(original || quantized)`, over the whole vocabulary, in nats;
+- how often both models rank the same token first.
+
+Windows are the independent units: means are over windows (all equally long, so also over tokens),
+and standard errors are the spread of the windows' means over the square root of their number. The
+error of a perplexity `exp(nll)` is `ppl * se(nll)`, by the delta method.
+
+Both models see a window before the next one is taken. Logits are normalized in float32 a few rows
+at a time, so no float32 copy of `[seq_len, vocabulary]` is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowbit import hf
+from lowbit.dataset import evaluation_windows, read_documents
+from lowbit.errors import LowbitError
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+CHUNK_BYTES = 1 << 26  # of float32 logits normalized at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model on a text, and against the original model where one was given.
+
+    Every `_se` is a standard error over windows, None where there is only one window. The fields
+    from `reference_perplexity` on are None without a reference.
+
+    Attributes:
+        perplexity: `exp` of the mean negative log-likelihood of the next token.
+        perplexity_se: Its standard error.
+        windows: Windows evaluated.
+        tokens: Predicted tokens, `windows * (seq_len - 1)`.
+        seconds: Wall time, reading and loading excluded.
+        reference_perplexity: Perplexity of the original on the same windows.
+        reference_perplexity_se: Its standard error.
+        perplexity_ratio: `perplexity / reference_perplexity`.
+        perplexity_ratio_se: Its standard error, from paired differences of the windows.
+        kl: Mean over tokens of `KL(original || quantized)`, nats.
+        kl_se: Its standard error.
+        top1_agreement: Fraction of tokens for which both models rank the same token first.
+        top1_agreement_se: Its standard error.
+    """
+
+    perplexity: float
+    perplexity_se: float | None
+    windows: int
+    tokens: int
+    seconds: float
+    reference_perplexity: float | None = None
+    reference_perplexity_se: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_se: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    top1_agreement: float | None = None
+    top1_agreement_se: float | None = None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+def perplexity(
+    model: PreTrainedModel | str | Path,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    reference: PreTrainedModel | str | Path | None = None,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    split: str = "test",
+    progress: Progress | None = None,
+) -> Result:
+    """Evaluate a model on a text, and against the original model if one is given.
+
+    Args:
+        model: A causal language model in evaluation mode, or a checkpoint folder or hub id.
+        text: A local file or a hub dataset, as `lowbit.dataset.read_documents` takes it.
+        tokenizer: The model's own; needed where `model` is not a path.
+        reference: The original model, for the ratio, the divergence and the agreement.
+        seq_len: Tokens in a window.
+        windows: Evaluate the first so many windows; None takes the whole text.
+        split: Split of a hub dataset where `text` names none.
+        progress: Called with (windows done, windows in all).
+
+    Raises:
+        LowbitError: the text, a model or its tokenizer can't be read, the text is shorter than one
+            window, or what `compare` refuses.
+    """
+    if tokenizer is None:
+        if isinstance(model, PreTrainedModel):
+            raise LowbitError("a loaded model needs its tokenizer: pass tokenizer=, or the model's folder")
+        tokenizer = hf.load_tokenizer(model)
+    tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
+    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model)
+    original = hf.load(reference) if isinstance(reference, str | Path) else reference
+    return compare(loaded, original, tokens, progress)
+
+
+def compare(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    windows: Tensor,
+    progress: Progress | None = None,
+) -> Result:
+    """Evaluate `model` on token windows, against `reference` unless that is None.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        reference: The original, with the same vocabulary; may be on another device.
+        windows: int64 `[n, seq_len]`.
+        progress: Called with (windows done, windows in all).
+
+    Raises:
+        LowbitError: a model is in training mode, its context is shorter than a window, its logits
+            are NaN, or the vocabularies differ.
+    """
+    for one in (model, reference):
+        if one is not None:
+            _check_model(one, windows.shape[1])
+    start = time.perf_counter()
+    rows = []
+    for index, window in enumerate(windows):
+        rows.append(_evaluate_window(model, reference, window))
+        if progress:
+            progress(index + 1, len(windows))
+    count, seq_len = windows.shape
+    nll, reference_nll, kl, top1 = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    ppl, ppl_se = _exp_mean(nll)
+    own = Result(ppl, ppl_se, count, count * (seq_len - 1), time.perf_counter() - start)
+    if reference is None:
+        return own
+    reference_ppl, reference_se = _exp_mean(reference_nll)
+    ratio, ratio_se = _exp_mean(nll - reference_nll)
+    mean_kl, kl_se = _mean(kl)
+    agreement, agreement_se = _mean(top1)
+    return replace(
+        own,
+        reference_perplexity=reference_ppl,
+        reference_perplexity_se=reference_se,
+        perplexity_ratio=ratio,
+        perplexity_ratio_se=ratio_se,
+        kl=mean_kl,
+        kl_se=kl_se,
+        top1_agreement=agreement,
+        top1_agreement_se=agreement_se,
+    )
+
+
+def _evaluate_window(
+    model: PreTrainedModel, reference: PreTrainedModel | None, window: Tensor
+) -> tuple[float, float, float, float]:
+    """Means over one window: nll, nll of the reference, divergence, agreement (0 without a reference)."""
+    logits = _logits(model, window)
+    if reference is None:
+        others = logits[:0]
+    else:
+        others = _logits(reference, window).to(logits.device)
+        if others.shape != logits.shape:
+            raise LowbitError(
+                f"{_name(model)} has {logits.shape[-1]} logits and {_name(reference)} {others.shape[-1]}: "
+                "compare a model with the one it was made from"
+            )
+    targets = window[1:].to(logits.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
+    step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    for begin in range(0, len(logits), step):
+        chunk = slice(begin, begin + step)
+        sums += _token_sums(logits[chunk], others[chunk], targets[chunk])
+    nll, reference_nll, kl, top1 = (sums / len(logits)).tolist()
+    return nll, reference_nll, kl, top1
+
+
+def _token_sums(logits: Tensor, others: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a few tokens, float64 `[4]`; `logits, others [tokens, vocabulary]`, `others` may be empty."""
+    q = logits.float().log_softmax(-1)
+    nll = -q.gather(1, targets[:, None]).double().sum()
+    if not len(others):
+        return torch.stack([nll, *nll.new_zeros(3)])
+    p = others.float().log_softmax(-1)
+    other_nll = -p.gather(1, targets[:, None]).double().sum()
+    mass = p.exp()
+    # A token that the original rules out (a logit of -inf) adds nothing, and -inf - -inf is no number.
+    divergence = torch.where(mass > 0, mass * (p - q), 0).sum(-1).double().sum()
+    agreement = (logits.argmax(-1) == others.argmax(-1)).double().sum()
+    return torch.stack([nll, other_nll, divergence, agreement])
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
+    """Logits for every token of `window [seq_len]` but the first, `[seq_len - 1, vocabulary]`."""
+    logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    if logits.isnan().any():
+        raise LowbitError(f"{_name(model)} gives NaN logits: load it in bfloat16 or float32")
+    return logits
+
+
+def _check_model(model: PreTrainedModel, seq_len: int) -> None:
+    if model.training:
+        raise LowbitError(f"{_name(model)} is in training mode: call model.eval() first")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise LowbitError(f"windows of {seq_len} tokens exceed the {longest} positions of {_name(model)}")
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.config.name_or_path or type(model).__name__
+
+
+def _mean(values: Tensor) -> tuple[float, float | None]:
+    """Mean over windows and its standard error, `std / sqrt(n)` with the unbiased variance."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def _exp_mean(values: Tensor) -> tuple[float, float | None]:
+    """`exp` of the mean over windows and its standard error by the delta method."""
+    _, error = _mean(values)
+    value = values.mean().exp().item()
+    return value, None if error is None else value * error

@@ -1,0 +1,167 @@
+"""What the user sees: one progress bar, one summary. Nothing is computed here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lowbit.blocks import Progress as Callback
+from lowbit.evaluate import Result
+from lowbit.inspection import Inspection
+from lowbit.results import Report
+
+WORST = 5
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callback]:
+    """A bar with step, ETA and what is going on; plain lines now and then where there is no terminal."""
+    if not console.is_terminal:
+        yield _plain_lines(console)
+        return
+    columns = [
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+    ]
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int, detail: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, detail=detail)
+            bar.update(tasks[stage], completed=done, total=total, detail=detail)
+
+        yield show
+
+
+def _plain_lines(console: Console) -> Callback:
+    last = time.monotonic()
+
+    def show(stage: str, done: int, total: int, detail: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            console.print(f"{stage} {done}/{total}  {detail}", markup=False, highlight=False, soft_wrap=True)
+
+    return show
+
+
+def show_report(console: Console, report: Report, peak_memory: int) -> None:
+    """The summary at the end of `lowbit quantize`."""
+    measured = "output" if report.calibration_used else "weight"
+    worst = sorted(report.layers, key=lambda layer: layer.error, reverse=True)[:WORST]
+    table = Table(
+        "worst layers", "shape", "scheme", f"relative {measured} error", box=None, title_justify="left"
+    )
+    for layer in worst:
+        table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer.scheme, f"{layer.error:.2e}")
+    console.print(table)
+    console.print()
+    facts = {
+        "quantized": f"{len(report.layers)} layers to {report.scheme} by {report.method}",
+        "calibrated on": report.calibration,
+        "size": f"{_size(report.source_bytes)} -> {_size(report.output_bytes)}",
+        "verified": _verification(report),
+        "time": f"{report.seconds['all']:.0f} s ({report.cpu_seconds:.0f} CPU s)",
+        "peak memory": _size(peak_memory),
+        "written to": f"{report.output} ({report.format})",
+    }
+    _facts(console, facts)
+    for name, reason in _collapsed(report.skipped).items():
+        console.print(f"  [dim]full precision[/]  {name}: {reason}", highlight=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"  [yellow]note[/]  {note}", highlight=False, soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f"  [yellow]engines[/]  {warning}", highlight=False, soft_wrap=True)
+
+
+def _verification(report: Report) -> str:
+    if report.verification is None:
+        return "no (--no-verify)"
+    found = report.verification
+    same = f"{found.weights} weights equal to the bit, logits within {found.kl:.1e} nats"
+    return f"read back by {found.loader}: {same}"
+
+
+def show_result(console: Console, result: Result) -> None:
+    """The result of `lowbit eval`."""
+    facts = {"perplexity": _with_error(result.perplexity, result.perplexity_se, 3)}
+    if result.kl is not None:
+        facts |= {
+            "of the original": _with_error(result.reference_perplexity, result.reference_perplexity_se, 3),
+            "ratio (paired)": _with_error(result.perplexity_ratio, result.perplexity_ratio_se, 4),
+            "KL divergence": _with_error(result.kl, result.kl_se, 4) + " nats per token",
+            "same top token": _with_error(result.top1_agreement, result.top1_agreement_se, 4),
+        }
+    facts["measured on"] = f"{result.tokens} tokens in {result.windows} windows, {result.seconds:.0f} s"
+    _facts(console, facts)
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    shown = f"{value:.{digits}f}"
+    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+
+
+def show_inspection(console: Console, inspection: Inspection) -> None:
+    """The result of `lowbit inspect`."""
+    table = Table("module", "count", "scheme", "weights", "bits/weight", "size", box=None)
+    for part in inspection.parts:
+        style = None if part.quantized else "dim"
+        row = (part.name, str(part.modules), part.scheme, f"{part.weights / 1e6:.2f} M",
+               f"{part.bits_per_weight:.2f}", _size(part.bytes))  # fmt: skip
+        table.add_row(*row, style=style)
+    console.print(table)
+    console.print()
+    _facts(
+        console,
+        {
+            "quantization": inspection.method,
+            "bits per weight": f"{inspection.bits_per_weight(True):.2f} quantized, "
+            f"{inspection.bits_per_weight():.2f} over all",
+            "size on disk": _size(inspection.file_bytes),
+        },
+    )
+
+
+def _facts(console: Console, facts: dict[str, str]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(f"  {name}", value)
+    console.print(table, highlight=False)
+
+
+def _collapsed(skipped: dict[str, str]) -> dict[str, str]:
+    """One line for what differs only in its number: `model.layers.*.mlp.gate (x24)`."""
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for name, reason in skipped.items():
+        counts[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), re.sub(r"\.\d+\.", ".*.", reason)] += 1
+    return {name if n == 1 else f"{name} (x{n})": reason for (name, reason), n in counts.items()}
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
