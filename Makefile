@@ -34,8 +34,8 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(DEMO_MODEL) ## Measure quality and speed (ARGS="..." for scripts/bench.py)
-	$(BIN)/python scripts/bench.py $(ARGS)
+bench: $(DEMO_MODEL) ## Measure quality and speed (ARGS="..." for scripts/compare_methods.py)
+	$(BIN)/python scripts/compare_methods.py $(ARGS)
 
 clean: ## Remove environments, caches and everything that was built
 	rm -rf $(VENV) .venv-stock demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

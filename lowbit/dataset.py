@@ -35,12 +35,12 @@ Document: TypeAlias = "str | list[dict[str, str]]"
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # the ShareGPT spelling of the usual roles
-PIECE = 1 << 16  # characters of a long document that are kept or left out together
+PIECE = 2**16  # characters of a long document that are kept or left out together
 
 
 def characters_for(samples: int, seq_len: int) -> int:
     """Characters that are plenty for `samples` rows of `seq_len` tokens: `pack_tokens` reads no more."""
-    return max(1 << 21, 16 * samples * seq_len)
+    return max(2**21, 16 * samples * seq_len)
 
 
 def read_documents(

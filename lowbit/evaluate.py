@@ -34,7 +34,7 @@ from lowbit.errors import LowbitError
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-CHUNK_BYTES = 1 << 26  # of float32 logits normalized at a time
+CHUNK_BYTES = 2**26  # of float32 logits normalized at a time
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ def sample_from_model(
     As in LLM-QAT (Liu et al. 2023, arXiv:2305.17888, section 3.1): a first token drawn uniformly
     from the vocabulary, a few greedy tokens that make sense of it, then sampling from the model's
     own distribution (temperature 1). Williams et al. (2024, arXiv:2410.17170) find text that the
-    model wrote as good a calibration set as real data. Special tokens and padding of the vocabulary are never a first token. A row does not stop
-    at EOS: the model goes on as after EOS in its training data, with the next text or turn.
+    model wrote as good a calibration set as real data. Special tokens and padding of the vocabulary
+    are never a first token. A row does not stop at EOS: the model goes on as after EOS in its
+    training data, with the next text or turn.
 
     Args:
         model: A causal language model in eval mode, on any device; its dtype is used.

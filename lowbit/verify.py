@@ -9,7 +9,9 @@ Several loaders fill what they can't place with random numbers and say nothing.
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -46,7 +48,8 @@ def verify(
     loader = "stock transformers"
     if format_name in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") is None:
         loader = f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
-    with quiet(), torch.no_grad():
+    # compressed-tensors draws four bars of its own on stderr.
+    with quiet(), redirect_stderr(io.StringIO()), torch.no_grad():
         model = hf.load_stock(folder) if loader == "stock transformers" else hf.load(folder)
         read = model(input_ids=ids.to(model.device)).logits.float().cpu()
     compared = 0

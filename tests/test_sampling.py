@@ -116,6 +116,11 @@ def test_draw_follows_the_weights() -> None:
     assert chi_squared < 13.8  # two degrees of freedom, p = 0.001
 
 
+def test_draw_at_the_very_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(shape, dtype=torch.float64))
+    assert sampling._draw(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.Generator()).tolist() == [2]
+
+
 def test_progress_counts_tokens(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "BATCH", 4)
     told: list[tuple[int, int]] = []

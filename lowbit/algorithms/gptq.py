@@ -1,7 +1,7 @@
 """GPTQ: round one column at a time, let the columns still to come make up for the error.
 
 The algorithm is that of Frantar et al. 2022 (arXiv:2210.17323, Algorithm 1), computed in the form
-that Chee et al. 2023 (QuIP, arXiv:2307.13304, section 3 and theorem 6) showed to give the same
+that Chee et al. 2023 (QuIP, arXiv:2307.13304) call LDLQ and showed to give the same
 numbers. With the columns in the order of rounding and `H = U D U^T`, U unit upper triangular and D
 diagonal,
 
@@ -112,13 +112,11 @@ def _factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[_Factors | Non
     if not alive.any():
         return None, "no calibration token reached this weight: rounded to nearest"
     mean = diagonal[alive].mean()
-    # A dead column, whose input was always zero, has a zero row in H. Any positive diagonal makes it
-    # independent of the others, and it is rounded as it stands.
-    diagonal = torch.where(alive, diagonal, mean)
-
     # Cholesky eliminates from the first column on, U from the last: factor the reversed matrix.
     backwards = order.flip(0)
     matrix = hessian.float().index_select(0, backwards).index_select(1, backwards)
+    # A dead column, whose input was always zero, has a zero row in H: the damping alone makes it
+    # independent of the others, and it is rounded as it stands.
     for strength in (damp, *(more for more in (0.01, 0.1, 1.0) if more > damp)):
         matrix.diagonal().copy_((diagonal + strength * mean)[backwards])
         lower, failed = torch.linalg.cholesky_ex(matrix)

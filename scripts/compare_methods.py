@@ -1,0 +1,116 @@
+"""Every method on one model: what it costs and what is left of the model, as a Markdown table.
+
+    python scripts/compare_methods.py MODEL --group-size 64 --calibration train.txt --text test.txt
+
+Each run is a process of its own (`lowbit quantize --json`, `lowbit eval --json`), one at a time, so
+CPU seconds and peak memory are that run's alone. Results are appended to `--results` as JSON lines
+and a run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RUNS = [
+    ("rtn", 4, "symmetric"),
+    ("gptq", 4, "symmetric"),
+    ("awq", 4, "symmetric"),
+    ("rtn", 4, "asymmetric"),
+    ("gptq", 4, "asymmetric"),
+    ("awq", 4, "asymmetric"),
+    ("rtn", 8, "symmetric"),
+]
+HEADER = "| model | method | scheme | bits/weight | perplexity | ratio | KL | top-1 | CPU s | peak GB |"
+
+
+def lowbit(*arguments: str) -> dict[str, Any]:
+    """Run one lowbit command and read what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", *arguments, "--json"], stdout=subprocess.PIPE, check=True, text=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def measure(
+    arguments: argparse.Namespace, method: str, bits: int, symmetry: str, folder: Path
+) -> dict[str, Any]:
+    """Quantize and evaluate once."""
+    made = lowbit(
+        "quantize", arguments.model, "--output", str(folder), "--method", method, "--bits", str(bits),
+        "--group-size", arguments.group_size, f"--{symmetry}", "--dataset", arguments.calibration,
+        "--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "--seed", str(arguments.seed),
+        "--overwrite",
+    )  # fmt: skip
+    found = lowbit(
+        "eval", str(folder), "--reference", arguments.model, "--dataset", arguments.text,
+        "--seq-len", str(arguments.eval_seq_len), "--windows", str(arguments.windows),
+        "--dtype", arguments.eval_dtype,
+    )  # fmt: skip
+    size = lowbit("inspect", str(folder))
+    parts = [part for part in size["parts"] if part["quantized"]]
+    bits_per_weight = 8 * sum(p["bytes"] for p in parts) / sum(p["weights"] for p in parts)
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in made["layers"])
+    return {
+        "scheme": made["scheme"], "calibration": made["calibration"], "bits_per_weight": bits_per_weight,
+        "cpu_seconds": made["cpu_seconds"], "seconds": made["seconds"], "peak_memory": made["peak_memory"],
+        "cpu_seconds_per_million": made["cpu_seconds"] / (weights / 1e6), **found,
+    }  # fmt: skip
+
+
+def row(run: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"| {run['model']} | {run['method']} | {run['scheme']} | {run['bits_per_weight']:.2f} "
+        f"| {run['perplexity']:.2f} ± {run['perplexity_se']:.2f} "
+        f"| {run['perplexity_ratio']:.4f} ± {run['perplexity_ratio_se']:.4f} "
+        f"| {run['kl']:.4f} ± {run['kl_se']:.4f} | {run['top1_agreement']:.3f} "
+        f"| {run['cpu_seconds']:.0f} | {run['peak_memory'] / 1e9:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="calibration text, never the evaluation text")
+    parser.add_argument("--text", required=True, help="evaluation text")
+    parser.add_argument("--group-size", default="auto")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--eval-seq-len", type=int, default=2048)
+    parser.add_argument("--eval-dtype", default="auto")
+    parser.add_argument("--only", nargs="*", help="runs such as gptq-4-symmetric")
+    parser.add_argument("--results", type=Path, default=Path("compare_methods.jsonl"))
+    arguments = parser.parse_args()
+    text = arguments.results.read_text() if arguments.results.exists() else ""
+    known = [json.loads(line) for line in text.splitlines()]
+    model = Path(arguments.model).name
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("only", "results")}
+    for method, bits, symmetry in RUNS:
+        key = {"model": model, "method": method, "bits": bits, "symmetry": symmetry, "settings": settings}
+        if arguments.only and f"{method}-{bits}-{symmetry}" not in arguments.only:
+            continue
+        if any(all(run.get(name) == value for name, value in key.items()) for run in known):
+            continue
+        print(f"{model}: {method} {bits} bits {symmetry}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as scratch:
+            run = key | measure(arguments, method, bits, symmetry, Path(scratch) / "checkpoint")
+        known.append(run)
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+    print(HEADER)
+    print("|---" * HEADER.count(" | ") + "|---|")
+    for run in known:
+        print(row(run))
+
+
+if __name__ == "__main__":
+    main()
