@@ -34,8 +34,11 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(DEMO_MODEL) ## Measure quality and speed (ARGS="..." for scripts/compare_methods.py)
+bench: demo-output/source/config.json ## Compare the methods (ARGS="..." for scripts/compare_methods.py)
 	$(BIN)/python scripts/compare_methods.py $(ARGS)
+
+demo-output/source/config.json:
+	$(MAKE) demo
 
 clean: ## Remove environments, caches and everything that was built
 	rm -rf $(VENV) .venv-stock demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

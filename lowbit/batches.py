@@ -10,8 +10,9 @@ from lowbit import dataset, hf, sampling
 from lowbit.algorithms import ALGORITHMS
 from lowbit.blocks import Progress
 from lowbit.errors import LowbitError
+from lowbit.quiet import quiet
 from lowbit.results import Report
-from lowbit.source import Source, quiet
+from lowbit.source import Source
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"
 TOKENS_PER_BATCH = 4096

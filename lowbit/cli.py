@@ -174,11 +174,10 @@ def evaluate(
     from lowbit import hf
     from lowbit.evaluate import perplexity
     from lowbit.hardware import find_device
-    from lowbit.source import quiet
     from lowbit.terminal import progress_bar, show_result
 
     console, where = _console(as_json), find_device(device)
-    with progress_bar(console) as progress, quiet():
+    with progress_bar(console) as progress:
         original = hf.load(reference, dtype, where) if reference else None
         result = perplexity(
             hf.load(model, dtype, where),

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
 from lowbit.quantized import QuantizedWeight
+from lowbit.quiet import quiet
 
 
 def load(
@@ -54,13 +55,14 @@ def load(
         return load_stock(folder, dtype, device)
     del config.quantization_config
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-        state = dict(dense_tensors(Path(folder), fmt, quantization, transposed))
-        model = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, dtype=_resolve(config, dtype)
-        )
+        with quiet():
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+            transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+            state = dict(dense_tensors(Path(folder), fmt, quantization, transposed))
+            model = type(skeleton).from_pretrained(
+                None, config=config, state_dict=state, dtype=_resolve(config, dtype)
+            )
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -77,7 +79,8 @@ def load_stock(
         LowbitError: transformers can't load it.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval().to(device)  # type: ignore[no-any-return]

@@ -28,9 +28,10 @@ from lowbit.formats import FORMATS, Format
 from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, head_name, make_plan
 from lowbit.quantized import QuantizedWeight
+from lowbit.quiet import quiet
 from lowbit.results import Layer, Report
 from lowbit.scheme import QuantScheme
-from lowbit.source import Source, quiet
+from lowbit.source import Source
 from lowbit.stream import Stream
 from lowbit.verify import verify
 

@@ -14,9 +14,10 @@ its reverse. These two functions are not public API; this is the only file that 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -38,23 +38,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowbit.errors import LowbitError
+from lowbit.quiet import quiet
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars and warnings; lowbit shows one bar and one summary."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def find(model: str, scratch: Path) -> Path:
@@ -90,7 +76,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ignore = ["*.pth", "*.msgpack", "*.h5", "*.onnx", "original/*", "*.gguf", "onnx/*", "*.ot"]
+    ignore = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
     try:
@@ -102,9 +88,8 @@ def _from_hub(model: str) -> Path:
     except HFValidationError:
         raise LowbitError(f"{model} is neither a local folder nor a valid hub id (org/name)") from None
     except Exception as error:  # huggingface_hub, httpx and the OS each have their own "can't reach"
-        reason = type(error).__name__
         raise LowbitError(
-            f"{model} is not a local folder and the hub could not give it ({reason}): "
+            f"{model} is not a local folder and the hub could not give it ({type(error).__name__}): "
             "check the name and the network, or give a local folder"
         ) from error
 
@@ -205,9 +190,20 @@ class Source:
         model.tie_weights()
         return model  # type: ignore[no-any-return]
 
+    def _weight_files(self) -> list[Path]:
+        """What the index names, or the one file; never a second copy, such as Mistral's `consolidated`."""
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if not index.is_file():
+            return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, AttributeError):
+            raise LowbitError(f"{index} is no index of weight files: download it again") from None
+        return sorted(self.folder / name for name in names)
+
     def _index_files(self) -> dict[str, Path]:
         file_of = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in self._weight_files():
             try:
                 with safe_open(file, framework="pt") as opened:
                     file_of.update(dict.fromkeys(opened.keys(), file))

@@ -9,9 +9,7 @@ Several loaders fill what they can't place with random numbers and say nothing.
 from __future__ import annotations
 
 import importlib.util
-import io
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -20,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit import hf
 from lowbit.blocks import fingerprint
+from lowbit.quiet import quiet
 from lowbit.results import Verification
-from lowbit.source import quiet
 
 TOLERANCE = 0.02  # nats; bfloat16 against float32 differs by about 0.001, one wrong matrix by 0.1 and more
 
@@ -48,8 +46,7 @@ def verify(
     loader = "stock transformers"
     if format_name in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") is None:
         loader = f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
-    # compressed-tensors draws four bars of its own on stderr.
-    with quiet(), redirect_stderr(io.StringIO()), torch.no_grad():
+    with quiet(stderr=True), torch.no_grad():
         model = hf.load_stock(folder) if loader == "stock transformers" else hf.load(folder)
         read = model(input_ids=ids.to(model.device)).logits.float().cpu()
     compared = 0

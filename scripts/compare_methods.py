@@ -2,6 +2,8 @@
 
     python scripts/compare_methods.py MODEL --group-size 64 --calibration train.txt --text test.txt
 
+Without arguments it takes the demo's model and text (`make demo` puts them in place).
+
 Each run is a process of its own (`lowbit quantize --json`, `lowbit eval --json`), one at a time, so
 CPU seconds and peak memory are that run's alone. Results are appended to `--results` as JSON lines
 and a run that is there already is not repeated.
@@ -39,19 +41,19 @@ def lowbit(*arguments: str) -> dict[str, Any]:
 
 
 def measure(
-    arguments: argparse.Namespace, method: str, bits: int, symmetry: str, folder: Path
+    options: argparse.Namespace, method: str, bits: int, symmetry: str, folder: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate once."""
     made = lowbit(
-        "quantize", arguments.model, "--output", str(folder), "--method", method, "--bits", str(bits),
-        "--group-size", arguments.group_size, f"--{symmetry}", "--dataset", arguments.calibration,
-        "--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "--seed", str(arguments.seed),
+        "quantize", options.model, "--output", str(folder), "--method", method, "--bits", str(bits),
+        "--group-size", options.group_size, f"--{symmetry}", "--dataset", options.calibration,
+        "--samples", str(options.samples), "--seq-len", str(options.seq_len), "--seed", str(options.seed),
         "--overwrite",
     )  # fmt: skip
     found = lowbit(
-        "eval", str(folder), "--reference", arguments.model, "--dataset", arguments.text,
-        "--seq-len", str(arguments.eval_seq_len), "--windows", str(arguments.windows),
-        "--dtype", arguments.eval_dtype,
+        "eval", str(folder), "--reference", options.model, "--dataset", options.text,
+        "--seq-len", str(options.eval_seq_len), "--windows", str(options.windows),
+        "--dtype", options.eval_dtype,
     )  # fmt: skip
     size = lowbit("inspect", str(folder))
     parts = [part for part in size["parts"] if part["quantized"]]
@@ -77,9 +79,10 @@ def row(run: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="calibration text, never the evaluation text")
-    parser.add_argument("--text", required=True, help="evaluation text")
+    demo = Path("demo-output")
+    parser.add_argument("model", nargs="?", default=str(demo / "source"))
+    parser.add_argument("--calibration", default="self", help="calibration text, never the evaluation text")
+    parser.add_argument("--text", default=str(demo / "python-reference.txt"), help="evaluation text")
     parser.add_argument("--group-size", default="auto")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import time
-from contextlib import redirect_stderr
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +19,7 @@ import lowbit
 from lowbit import QuantScheme, inspection
 from lowbit import source as sources
 from lowbit.hardware import peak_memory
+from lowbit.quiet import quiet
 from lowbit.terminal import progress_bar
 
 QUESTION = "What is the capital of France?"
@@ -75,21 +74,22 @@ def main() -> None:
 
     console.print("[bold]3/4[/] comparing it with the original")
     text = reference_text(arguments.output / "python-reference.txt")
-    with progress_bar(console) as progress, sources.quiet():
+    with progress_bar(console) as progress:
         result = lowbit.perplexity(
             quantized, str(text), reference=original, seq_len=1024, windows=arguments.windows,
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )  # fmt: skip
 
     console.print("[bold]4/4[/] loading it with transformers.pipeline")
-    with sources.quiet(), redirect_stderr(io.StringIO()):
+    with quiet(stderr=True):
         replies = {"original": answer(original), "quantized": answer(quantized)}
 
-    bits = inspection.inspect(quantized)
+    found = inspection.inspect(quantized)
+    packed, over_all = found.bits_per_weight(quantized_only=True), found.bits_per_weight()
     table = Table(show_header=False, box=None)
     rows = {
         "size": f"{report.source_bytes / 1e6:.0f} MB -> {report.output_bytes / 1e6:.0f} MB",
-        "bits per weight": f"{bits.bits_per_weight(True):.2f} quantized, {bits.bits_per_weight():.2f} over all",
+        "bits per weight": f"{packed:.2f} in the blocks, {over_all:.2f} over all",
         "perplexity": f"{result.reference_perplexity:.2f} ± {result.reference_perplexity_se:.2f} -> "
         f"{result.perplexity:.2f} ± {result.perplexity_se:.2f}"
         f" (ratio {result.perplexity_ratio:.3f} ± {result.perplexity_ratio_se:.3f})",

@@ -25,6 +25,7 @@ LEVELS = {
     "scheme": 1,
     "packing": 1,
     "hardware": 1,
+    "quiet": 1,
     "grid": 2,
     "quantized": 3,
     "formats.limits": 4,
