@@ -1,0 +1,77 @@
+"""The specification: every kernel's naive twin in plain PyTorch, on the canonical layout, in float64.
+
+Nothing here is fast and nothing here is shared with the kernels, so that a test of one against the
+other tests both. `w = (codes - zeros) * scales`, exact: a code less its zero is a small integer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of each row, uint8 `[..., count]`.
+
+    Args:
+        packed: int32 `[..., ceil(count * bits / 32)]`, a little-endian stream of codes.
+        bits: Width of a code; divides 32, so that no code straddles two words.
+        count: Codes in a row.
+    """
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count].to(torch.uint8)
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The weight `[..., out, in]`: the exact product, rounded once to `dtype`.
+
+    Args:
+        packed: int32 `[..., out, ceil(in * bits / 32)]`.
+        scales: float `[..., out, groups]`.
+        zeros: uint8 `[..., out, groups]`.
+        bits: Width of a code.
+        group_size: Input columns that share a scale; -1 means the whole row.
+        in_features: Columns of the weight.
+        dtype: Of the result.
+    """
+    columns = in_features if group_size == -1 else group_size
+    codes = unpack(packed, bits, in_features).double()
+    group = torch.arange(in_features, device=packed.device) // columns
+    return ((codes - zeros.double()[..., group]) * scales.double()[..., group]).to(dtype)
+
+
+def dequant_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`x @ w.T + bias` in float64, for `x [..., in]` and `bias [out]`."""
+    weight = dequantize(packed, scales, zeros, bits=bits, group_size=group_size, in_features=x.shape[-1])
+    y = x.double() @ weight.mT
+    return y if bias is None else y + bias.double()
+
+
+def grouped_dequant_matmul(
+    x: Tensor, experts: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, group_size: int
+) -> Tensor:
+    """Row `i` of `x [rows, in]` through weight `experts[i]` of the stack; float64 `[rows, out]`."""
+    rows = [
+        dequant_matmul(row, packed[e], scales[e], zeros[e], bits=bits, group_size=group_size)
+        for row, e in zip(x, experts.tolist(), strict=True)
+    ]
+    return torch.stack(rows) if rows else x.new_empty(0, packed.shape[-2], dtype=torch.float64)
