@@ -78,3 +78,13 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         codes[..., i] = code & (2**bits - 1)
     codes = codes.flatten(-2)
     return codes if codes.shape[-1] == count else codes[..., :count].contiguous()
+
+
+def nibbles(octets: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high four bits of every entry of a uint8 tensor, each in its shape and dtype.
+
+    >>> low, high = nibbles(torch.tensor([0x21, 0x43], dtype=torch.uint8))
+    >>> low.tolist(), high.tolist()
+    ([1, 3], [2, 4])
+    """
+    return octets & 15, octets >> 4

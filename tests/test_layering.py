@@ -28,6 +28,8 @@ LEVELS = {
     "quiet": 1,
     "grid": 2,
     "quantized": 3,
+    "cpu": 4,
+    "ops": 5,
     "formats.limits": 4,
     "formats.compressed_tensors": 5,
     "formats.gptq": 5,

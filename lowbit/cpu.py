@@ -1,0 +1,192 @@
+"""Packed weights on a CPU: torch's four-bit kernel, and its tiles turned back into dense ones.
+
+For a few rows a product is bound by the memory it reads, and `_weight_int4pack_mm_for_cpu` reads
+half a byte per weight. For many rows it is bound by arithmetic, where nothing beats a dense bfloat16
+product: the weights are dequantized tile by tile, each small enough for the cache, and multiplied.
+`MOST_ROWS` lies where the two cross; `scripts/cpu_thresholds.py` measures it.
+
+The kernel computes `(code - 8) * scale + zero` with codes of four bits, bfloat16 scales and zeros,
+and groups of 32 ... 256 columns. Every scheme is brought to that:
+
+- Groups are cut into the largest the kernel knows; they must be a multiple of 32 wide.
+- 2 and 3 bits: `code - zero + 8` fits four bits, which is exact.
+- 4 bits: `zero = (8 - zeros) * scale`; 0 on a symmetric grid, else rounded to bfloat16.
+- 8 bits: `16 * high + low`, two codes of four bits. The row becomes twice as long, the activations
+  are repeated, and one accumulator sums both halves. The two zeros hold what one would round off.
+
+float16 scales (GPTQ, AWQ) are rounded to bfloat16 on the way; bfloat16 ones are exact.
+
+Memory of the tiles: `[out / B, in, B / 2]` bytes, two rows of a block of `B` in each. With AVX-512
+(B = 64) and AVX2 (B = 32) byte `j` holds row `j` and row `j + B / 2`, elsewhere (B = 32) rows `2 j` and
+`2 j + 1`. `block` tells which by packing known codes, and refuses a layout that it doesn't know.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit import packing
+from lowbit.quantized import QuantizedWeight
+
+MOST_ROWS = 24
+"""Up to here the four-bit kernel is used, above it dequantized tiles."""
+
+_GROUPS = (256, 128, 64, 32)
+_MIDDLE = 8
+_TILE = 2**19
+"""Dense weights of a tile: a megabyte of bfloat16, which a second-level cache holds."""
+_ROWS_AT_ONCE = 4096
+_aten = torch.ops.aten
+
+
+class Block(NamedTuple):
+    """How the kernel's layout orders rows on this machine.
+
+    Attributes:
+        rows: Rows of a block.
+        paired: Do neighbouring rows share a byte, or row `j` and row `j + rows / 2`?
+    """
+
+    rows: int
+    paired: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A block's rows as a matrix one of whose dimensions is the half of the byte."""
+        return (self.rows // 2, 2) if self.paired else (2, self.rows // 2)
+
+    @property
+    def side(self) -> int:
+        """Which of the two dimensions that is, counted from the end."""
+        return -1 if self.paired else -2
+
+
+@cache
+def block() -> Block | None:
+    """The block of this machine, found by packing known codes; None if it is none of those known."""
+    codes = torch.arange(128 * 32, dtype=torch.int32).view(128, 32) * 7 // 3 % 16
+    tiles = _aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for found in (Block(64, False), Block(32, False), Block(32, True)):
+        low, high = packing.nibbles(tiles.view(128 // found.rows, 32, found.rows // 2))
+        rows = torch.stack([low, high], found.side).flatten(-2)
+        if torch.equal(rows.transpose(1, 2).reshape(128, 32).int(), codes):
+            return found
+    return None
+
+
+def fits(weight: QuantizedWeight) -> bool:
+    """Can the kernel hold it? Its groups must be a multiple of 32 columns wide."""
+    return block() is not None and weight.scheme.columns_per_group(weight.shape[1]) % _GROUPS[-1] == 0
+
+
+def tile(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """The kernel's own layout of a weight.
+
+    Args:
+        weight: Any scheme that `fits`.
+
+    Returns:
+        `tiles` uint8 `[rows, planes * in / 2]` and `scales` bfloat16 `[planes * groups, rows, 2]`
+        holding scale and zero; `rows` is `out` rounded up to whole blocks, `planes` is 2 at 8 bits.
+    """
+    out_features, in_features = weight.shape
+    scheme = weight.scheme
+    width = scheme.columns_per_group(in_features)
+    group = next(size for size in _GROUPS if width % size == 0)
+    rows = -(-out_features // _block().rows) * _block().rows
+    planes = 2 if scheme.bits == 8 else 1
+    tiles = torch.empty(rows, planes * in_features // 2, dtype=torch.uint8)
+    scales = torch.zeros(planes * in_features // group, rows, 2, dtype=torch.bfloat16)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, rows)
+        codes, zeros = weight.codes[start:stop], weight.zeros[start:stop]
+        packed, offsets = _split_planes(codes, zeros, scheme.bits)
+        packed = torch.nn.functional.pad(packed, (0, 0, 0, stop - start - codes.shape[0]), value=_MIDDLE)
+        tiles[start:stop] = _aten._convert_weight_to_int4pack_for_cpu(packed.int(), 1).view(stop - start, -1)
+        pairs = _scales_and_zeros(weight.scales[start:stop].float(), offsets.float(), planes)
+        scales[:, start : start + len(codes)] = pairs.repeat_interleave(width // group, 1).transpose(0, 1)
+    return tiles, scales
+
+
+def _split_planes(codes: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of four bits, uint8 `[out, planes * in]`, and `middle - zeros`, what is left to add."""
+    if bits == 8:
+        low, high = packing.nibbles(codes)
+        return torch.cat([high, low], 1), 16 * _MIDDLE + _MIDDLE - zeros.int()
+    offsets = _MIDDLE - zeros.int()
+    if bits == 4:
+        return codes, offsets
+    moved = codes.unflatten(1, (zeros.shape[1], -1)) + offsets.to(torch.uint8).unsqueeze(-1)
+    return moved.flatten(1), torch.zeros_like(offsets)
+
+
+def _scales_and_zeros(scales: Tensor, offsets: Tensor, planes: int) -> Tensor:
+    """Scale and zero of every group, bfloat16 `[out, planes * groups, 2]`."""
+    scales = scales.bfloat16().float()
+    zeros = offsets * scales
+    low = torch.stack([scales, zeros.bfloat16().float()], -1)
+    if planes == 1:
+        return low.bfloat16()
+    high = torch.stack([16 * scales, zeros - low[..., 1]], -1)
+    return torch.cat([high, low], 1).bfloat16()
+
+
+def matmul(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int) -> Tensor:
+    """`x [rows, in] @ weight.T` in the dtype of `x`, `[rows, out_features]`, contiguous."""
+    planes = 2 * tiles.shape[1] // x.shape[1]
+    if x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS:
+        rows = torch.cat([x, x], 1) if planes == 2 else x.contiguous()
+        group = rows.shape[1] // scales.shape[0]
+        product: Tensor = _aten._weight_int4pack_mm_for_cpu(rows, tiles, group, scales)
+        return product[:, :out_features].contiguous()
+    return _multiply_by_tiles(x, tiles, scales, out_features, planes)
+
+
+def _multiply_by_tiles(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, planes: int) -> Tensor:
+    product = x.new_empty(x.shape[0], out_features)
+    step = max(1, _TILE // x.shape[1] // _block().rows) * _block().rows
+    for start in range(0, tiles.shape[0], step):
+        part = slice(start, start + step)
+        weight = _dense(tiles[part], scales[:, part], planes, x.dtype)
+        columns = product[:, part]
+        columns.copy_((x @ weight)[:, : columns.shape[1]])
+    return product
+
+
+def dense(tiles: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight that the tiles stand for, transposed, `[in, rows]`."""
+    return _dense(tiles, scales, 2 if bits == 8 else 1, dtype)
+
+
+def _dense(tiles: Tensor, scales: Tensor, planes: int, dtype: torch.dtype) -> Tensor:
+    rows, shape, side_dim = _block().rows, _block().shape, _block().side
+    in_features, groups = 2 * tiles.shape[1] // planes, scales.shape[0] // planes
+    pairs = scales.unflatten(1, (-1, *shape)).unflatten(0, (planes, groups))
+    zeros = pairs[..., 1].float().sum(0)
+    if planes == 2:
+        zeros -= _MIDDLE * pairs[-1, ..., 0].float()
+    factors, zeros = pairs[-1, ..., 0].to(dtype), zeros.to(dtype)
+    weight = torch.empty(groups, in_features // groups, tiles.shape[0] // rows, *shape, dtype=dtype)
+    octets = tiles.view(-1, planes, in_features, rows // 2)
+    for side, digits in enumerate(packing.nibbles(octets)):
+        values = _centred(digits).to(dtype).unflatten(1, (groups, -1))
+        factor, zero = (part.select(side_dim, side).transpose(0, 1).unsqueeze(2) for part in (factors, zeros))
+        torch.addcmul(zero, values, factor, out=weight.select(side_dim, side).permute(2, 0, 1, 3))
+    return weight.view(in_features, -1)
+
+
+def _block() -> Block:
+    found = block()
+    assert found is not None, "fits() is False where the layout is unknown"
+    return found
+
+
+def _centred(digits: Tensor) -> Tensor:
+    """Signed codes, int8 `[blocks, in, half]`, of the digits uint8 `[blocks, planes, in, half]`."""
+    if digits.shape[1] == 1:
+        return digits[:, 0].sub_(_MIDDLE).view(torch.int8)
+    return digits[:, 0].mul_(16).add_(digits[:, 1]).sub_(16 * _MIDDLE).view(torch.int8)
