@@ -4,7 +4,8 @@ The public names, imported when they are first used (so that `import lowbit` is 
 neither a GPU nor Triton):
 
 - `quantize`: a model in, a quantized checkpoint out.
-- `load`: any checkpoint folder in, a transformers model out.
+- `load`: any checkpoint folder in, a transformers model out, its weights packed.
+- `enable`: the same for whatever `from_pretrained` and `pipeline` load from then on.
 - `perplexity`: what the quantization cost.
 - `QuantScheme`, `QuantizedWeight`: the grid, and a weight on it.
 - `LowbitError`: every refusal, one line that says what to do.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lowbit.hf import load
     from lowbit.pipeline import quantize
     from lowbit.quantized import QuantizedWeight
+    from lowbit.quantizer import enable
     from lowbit.scheme import QuantScheme
 
 try:
@@ -33,11 +35,12 @@ _HOMES = {
     "LowbitError": "errors",
     "QuantScheme": "scheme",
     "QuantizedWeight": "quantized",
+    "enable": "quantizer",
     "load": "hf",
     "perplexity": "evaluate",
     "quantize": "pipeline",
 }
-__all__ = ["LowbitError", "QuantScheme", "QuantizedWeight", "load", "perplexity", "quantize"]
+__all__ = ["LowbitError", "QuantScheme", "QuantizedWeight", "enable", "load", "perplexity", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -178,9 +178,9 @@ def evaluate(
 
     console, where = _console(as_json), find_device(device)
     with progress_bar(console) as progress:
-        original = hf.load(reference, dtype, where) if reference else None
+        original = hf.load(reference, False, dtype, where) if reference else None
         result = perplexity(
-            hf.load(model, dtype, where),
+            hf.load(model, False, dtype, where),
             dataset,
             hf.load_tokenizer(model),
             reference=original,

@@ -111,8 +111,8 @@ def perplexity(
             raise LowbitError("a loaded model needs its tokenizer: pass tokenizer=, or the model's folder")
         tokenizer = hf.load_tokenizer(model)
     tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
-    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model)
-    original = hf.load(reference) if isinstance(reference, str | Path) else reference
+    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False)
+    original = hf.load(reference, packed=False) if isinstance(reference, str | Path) else reference
     return compare(loaded, original, tokens, progress)
 
 

@@ -1,8 +1,9 @@
 """A checkpoint folder in, a transformers model out.
 
-`load` gives an ordinary dense model. Checkpoints in a format of lowbit's are unpacked by lowbit's
-own codecs, so that no further package is needed (transformers itself wants gptqmodel for GPTQ and
-AWQ), and everything else is left to transformers. `load_stock` is what a user without lowbit runs.
+`load` keeps a quantized checkpoint packed and runs it through lowbit's op; with `packed=False` it gives
+an ordinary dense model, which is what measures and verifies. Either way lowbit's own codecs read it,
+so that no further package is needed (transformers itself wants gptqmodel for GPTQ and AWQ), and
+everything else is left to transformers. `load_stock` is what a user without lowbit runs.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lowbit import formats
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
-from lowbit.quantized import QuantizedWeight
+from lowbit.quantizer import LowbitConfig, find_format
 from lowbit.quiet import quiet
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+    folder: str | Path,
+    packed: bool = True,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Load a model folder or hub id, quantized or not, as a dense model in evaluation mode.
+    """Load a model folder or hub id, quantized or not, in evaluation mode.
 
     Args:
         folder: A checkpoint that lowbit or another tool wrote, or any causal language model.
-        dtype: Precision of the weights; "auto" takes the checkpoint's.
+        packed: Keep quantized weights packed, in memory too; False gives a dense model.
+        dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
+            checkpoint's.
         device: Where to put it.
 
     Raises:
@@ -51,23 +58,49 @@ def load(
     config = _config(folder)
     quantization = _quantization(config)
     fmt = _format(quantization)
-    if fmt is None or not Path(folder).is_dir():
+    if fmt is None or (not packed and not Path(folder).is_dir()):
         return load_stock(folder, dtype, device)
+    if packed:
+        config.quantization_config = LowbitConfig.wrap(quantization)
+        return _load_packed(folder, config, dtype, device)
     del config.quantization_config
+    return _load_dense(Path(folder), config, fmt, quantization, dtype).to(device)  # type: ignore
+
+
+def _load_packed(
+    folder: str | Path, config: Any, dtype: torch.dtype | str, device: str | torch.device
+) -> PreTrainedModel:
+    places = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, **places
+            )
+    except (ImportError, SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise LowbitError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: copy the checkpoint again")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _load_dense(
+    folder: Path, config: Any, fmt: Format, quantization: Mapping[str, Any], dtype: torch.dtype | str
+) -> PreTrainedModel:
     try:
         with quiet():
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config)
             transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-            state = dict(dense_tensors(Path(folder), fmt, quantization, transposed))
+            state = dict(dense_tensors(folder, fmt, quantization, transposed))
             model = type(skeleton).from_pretrained(
                 None, config=config, state_dict=state, dtype=_resolve(config, dtype)
             )
-        if (Path(folder) / "generation_config.json").is_file():
+        if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    return model.eval().to(device)  # type: ignore[no-any-return]
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def load_stock(
@@ -113,22 +146,19 @@ def dense_tensors(
 
     `transposed` names the modules that keep their weight as `[in, out]` (GPT-2's Conv1D).
     """
-    for name, value in packed_tensors(folder, fmt, quantization):
-        if isinstance(value, Tensor):
-            yield name, value
-        else:
-            weight = value.dequantize(torch.bfloat16)
-            yield f"{name}.weight", weight.T.contiguous() if name in transposed else weight
+    for module, tensors in _layers(folder, fmt):
+        if isinstance(tensors, Tensor):
+            yield module, tensors
+            continue
+        weight, order = formats.read(fmt, tensors, fmt.read_config(quantization, module), quantization)
+        dense = weight.dequantize(torch.bfloat16)
+        if order is not None:
+            dense = dense[:, torch.argsort(order)]
+        yield f"{module}.weight", dense.T.contiguous() if module in transposed else dense
 
 
-def packed_tensors(
-    folder: Path, fmt: Format, quantization: Mapping[str, Any]
-) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
-    """Tensors of a checkpoint; those of one packed layer come as one `QuantizedWeight` by module name.
-
-    Raises:
-        LowbitError: a layer lacks a tensor or does not fit the configuration.
-    """
+def _layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] | Tensor]]:
+    """Tensors of a checkpoint by key; those of one packed layer by suffix, under its module's name."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -138,9 +168,7 @@ def packed_tensors(
                     parts[module][suffix] = opened.get_tensor(key)
                 else:
                     yield key, opened.get_tensor(key)
-    for module, tensors in parts.items():
-        scheme = fmt.read_config(quantization, module)
-        yield module, fmt.unpack(tensors, scheme, quantization)
+    yield from parts.items()
 
 
 def _config(folder: str | Path) -> Any:
@@ -156,10 +184,8 @@ def _quantization(config: Any) -> dict[str, Any]:
 
 
 def _format(quantization: Mapping[str, Any]) -> Format | None:
-    method, layout = quantization.get("quant_method"), quantization.get("format", "pack-quantized")
-    if method == "compressed-tensors" and layout != "pack-quantized":
-        return None
-    return next((fmt for fmt in FORMATS.values() if method == fmt.QUANT_METHOD), None)
+    name = find_format(quantization)
+    return None if name is None else FORMATS[name]
 
 
 def _resolve(config: Any, dtype: torch.dtype | str) -> torch.dtype:

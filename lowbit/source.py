@@ -9,7 +9,7 @@ memory passes through block by block.
 Names on disk and names in the model differ for many architectures (prefixes, one tensor per expert
 on disk against one stacked parameter in memory). Transformers knows the way there and back, so both
 directions are its own code: `load` calls its loader on the tensors of one module, `names_on_disk`
-its reverse. These two functions are not public API; this is the only file that touches them.
+its reverse. These functions are not public API; this file and `quantizer.py` alone touch them.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def verify(
     if format_name in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") is None:
         loader = f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
     with quiet(stderr=True), torch.no_grad():
-        model = hf.load_stock(folder) if loader == "stock transformers" else hf.load(folder)
+        model = hf.load_stock(folder) if loader == "stock transformers" else hf.load(folder, packed=False)
         read = model(input_ids=ids.to(model.device)).logits.float().cpu()
     compared = 0
     for name, module in model.named_modules():

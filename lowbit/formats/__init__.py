@@ -9,6 +9,7 @@ inside its module. A new one is a file here, a line in `FORMATS`, and a row in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,13 @@ class Format(Protocol):
         """
         ...
 
+    def column_order(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+        """Permutation, int64 `[in]`, that gathers the columns of every group; None if they lie together.
+
+        A layer that needs one is read by `read`, not by `unpack`.
+        """
+        ...
+
     def quantization_config(
         self, schemes: Mapping[str, QuantScheme], ignore: Sequence[str]
     ) -> dict[str, Any]:
@@ -79,6 +87,26 @@ class Format(Protocol):
     def read_config(self, config: Mapping[str, Any], name: str) -> QuantScheme:
         """The scheme of the quantized module `name` according to a `quantization_config`."""
         ...
+
+
+def read(
+    fmt: Format, tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[str, Any]
+) -> tuple[QuantizedWeight, Tensor | None]:
+    """One layer, and the order of its columns where its groups are scattered over them (act-order).
+
+    Returns:
+        The weight and None; or the weight with its columns permuted so that groups lie together, and
+        the permutation, int64 `[in]`: `x @ dense.T == x[:, order] @ weight.T`.
+
+    Raises:
+        LowbitError: as `Format.unpack`, or groups are uneven.
+    """
+    order = fmt.column_order(tensors, scheme)
+    if order is None:
+        return fmt.unpack(tensors, scheme, config), None
+    rest = {name: tensor for name, tensor in tensors.items() if name != "g_idx"}
+    weight = fmt.unpack(rest, scheme, {**config, "desc_act": False})
+    return replace(weight, codes=weight.codes[:, order]), order
 
 
 FORMATS: dict[str, Format] = {

@@ -100,6 +100,12 @@ def unpack(tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[s
     return QuantizedWeight(_reorder(codes, _INVERSE), scales, _reorder(zeros, _INVERSE), scheme)
 
 
+def column_order(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+    """None: the columns of a group lie together."""
+    del tensors, scheme
+    return None
+
+
 def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config`; `modules_to_not_convert` lists `ignore`.
 

@@ -141,6 +141,12 @@ def unpack(tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[s
     return QuantizedWeight(packing.unpack(packed, scheme.bits, in_features), scales, zeros, scheme)
 
 
+def column_order(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+    """None: the columns of a group lie together."""
+    del tensors, scheme
+    return None
+
+
 def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
     """The smallest config that compressed-tensors 0.15 ... 0.20, vLLM and SGLang parse.
 

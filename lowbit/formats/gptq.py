@@ -12,8 +12,9 @@ first, which every reader knows. A zero of 0 cannot be written in it: readers ad
 word, so the stored -1 carries into the neighbour. The two conventions cannot be told apart from
 the tensors, hence the `config` argument of `unpack`.
 
-Columns stay in their natural order (`desc_act: false`): vLLM refuses anything else, and the
-ordering that GPTQ uses while it quantizes leaves no trace in these tensors.
+Columns are written in their natural order (`desc_act: false`): vLLM refuses anything else, and the
+ordering that GPTQ uses while it quantizes leaves no trace in these tensors. Other tools write groups
+of scattered columns (`desc_act: true`), which only `g_idx` tells; `column_order` reads it.
 
 The config has no `meta` key: transformers' auto-round loader, another way to read these files,
 raises on it.
@@ -134,6 +135,27 @@ def unpack(tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[s
         )
     codes = packing.unpack(tensors["qweight"].t(), scheme.bits, in_features)
     return QuantizedWeight(codes, scales, zeros, scheme)
+
+
+def column_order(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor | None:
+    """Permutation, int64 `[in]`, that gathers the columns of every group; None if they lie together.
+
+    Raises:
+        LowbitError: the groups of `g_idx` are not all of the size that `scheme` says.
+    """
+    g_idx = tensors.get("g_idx")
+    if g_idx is None:
+        return None
+    natural = _natural_order(g_idx.shape[0], scheme).to(g_idx.device)
+    if torch.equal(g_idx.int(), natural):
+        return None
+    order = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx[order].int(), natural):
+        raise LowbitError(
+            f"g_idx does not spread {g_idx.shape[0]} columns over groups of {scheme.group_size}: "
+            "correct group_size in quantization_config, or quantize again"
+        )
+    return order
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def ask_stock(python: Path, folders: list[Path], ids: list[int], cwd: Path) -> l
 @torch.no_grad()
 def ask_here(folder: Path, ids: list[int]) -> dict[str, Any]:
     """The same questions to the model that this process dequantizes."""
-    model = lowbit.load(folder).eval()
+    model = lowbit.load(folder, packed=False)
     generate = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
     answer = generate(PROMPT, do_sample=False, max_new_tokens=NEW_TOKENS)
     return {

@@ -23,11 +23,10 @@ The functions::
     from_layout(codes, scale_zero, *, bits, group_size, in_features, out_features, scale_dtype)
         -> (packed, scales, zeros)
 
-    dequant_matmul(x, codes, scale_zero, bias=None, *, bits, group_size, out_features, scale_dtype,
-                   symmetric=False, deterministic=True) -> Tensor
+    dequant_matmul(x, codes, scale_zero, bias=None, *, bits, group_size, out_features, scale_dtype) -> Tensor
         x `[..., in]` float16 or bfloat16, any strides, any number of rows, none included. Decode kernel
-        up to 32 rows, prefill kernel up to 1024, above that dequantize and torch.matmul.
-        `symmetric=True` is a promise that every zero is `2 ** (bits - 1)`; False is always right.
+        up to 32 rows, prefill kernel up to 1024, above that dequantize and torch.matmul. The same bits
+        on every run.
 
     dequantize(codes, scale_zero, *, bits, group_size, in_features, out_features, scale_dtype, dtype)
         -> Tensor `[out, in]`
@@ -38,3 +37,17 @@ The functions::
 None of them synchronises with the host; `dequant_matmul` allocates its output and, where K is split
 between programs, one workspace, both from torch's caching allocator, so CUDA graphs can hold it.
 """
+
+from lowbit_kernels.grouped import grouped_dequant_matmul
+from lowbit_kernels.layout import Layout, from_layout, to_layout
+from lowbit_kernels.matmul import dequant_matmul, dequantize, unsupported
+
+__all__ = [
+    "Layout",
+    "dequant_matmul",
+    "dequantize",
+    "from_layout",
+    "grouped_dequant_matmul",
+    "to_layout",
+    "unsupported",
+]

@@ -7,6 +7,9 @@ There are seldom enough output features to occupy a GPU, so K is split between p
 parts go to a workspace and `reduce_kernel` adds them in a fixed order: the result does not depend on
 which program finishes first. The split is by whole blocks, since an offset that is a multiple of a
 constant keeps the loads 16 bytes wide.
+
+With `EXPERTS`, a tile of rows belongs to one expert of a stack and is gathered: `experts [tiles, 3]` gives
+its expert, and the part of `order` that lists its rows (`grouped.py` makes both).
 """
 
 from __future__ import annotations
@@ -14,79 +17,95 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit_kernels.tile import centred4, centred8, load_groups, load_x
+from lowbit_kernels.tile import (
+    ROW_TILE,
+    centred4,
+    centred8,
+    load_groups,
+    load_x,
+    row_offsets,
+    scale_of,
+)
 
 
 @triton.jit
-def multiply4(acc, words, x, x_mask, column, K, groups, group_stride, GROUPS: tl.constexpr, BK: tl.constexpr,
+def multiply4(acc, words, x, x_mask, column, K, groups, GROUPS: tl.constexpr, R: tl.constexpr,
               EVEN_K: tl.constexpr, SCALE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """`acc` plus a block of 4-bit weights times x, scaled by group."""
-    DTYPE: tl.constexpr = x.dtype.element_ty.element_ty if x.dtype.is_block() else x.dtype.element_ty
-    R: tl.constexpr = BK // 4
-    s0, s1, s2, s3, z0, z1, z2, z3 = load_groups(groups, group_stride, GROUPS, SCALE)
-    w0, w1, w2, w3 = centred4(words, z0, z1, z2, z3, DTYPE, ASM)
+    g0, g1, g2, g3 = load_groups(groups, GROUPS)
+    w0, w1, w2, w3 = centred4(words, g0, g1, g2, g3, x.dtype.element_ty, ASM)
     x0 = load_x(x, x_mask, column, K, EVEN_K)
     x1 = load_x(x + R, x_mask, column + R, K, EVEN_K)
     x2 = load_x(x + 2 * R, x_mask, column + 2 * R, K, EVEN_K)
     x3 = load_x(x + 3 * R, x_mask, column + 3 * R, K, EVEN_K)
     part = tl.dot(w0, x0)
     if GROUPS == 4:
-        acc += part * s0[:, None]
+        acc += part * scale_of(g0, SCALE)
         part = tl.dot(w1, x1)
     else:
         part = tl.dot(w1, x1, part)
     if GROUPS == 1:
         part = tl.dot(w2, x2, part)
     else:
-        acc += part * s1[:, None]
+        acc += part * scale_of(g1, SCALE)
         part = tl.dot(w2, x2)
     if GROUPS == 4:
-        acc += part * s2[:, None]
+        acc += part * scale_of(g2, SCALE)
         part = tl.dot(w3, x3)
     else:
         part = tl.dot(w3, x3, part)
-    return acc + part * s3[:, None]
+    return acc + part * scale_of(g3, SCALE)
 
 
 @triton.jit
-def multiply8(acc, words, x, x_mask, column, K, groups, group_stride, GROUPS: tl.constexpr, BK: tl.constexpr,
+def multiply8(acc, words, x, x_mask, column, K, groups, GROUPS: tl.constexpr, R: tl.constexpr,
               EVEN_K: tl.constexpr, SCALE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """`acc` plus a block of 8-bit weights times x, scaled by group."""
-    DTYPE: tl.constexpr = x.dtype.element_ty.element_ty if x.dtype.is_block() else x.dtype.element_ty
-    s0, _, s1, _, z0, _, z1, _ = load_groups(groups, group_stride, GROUPS, SCALE)
-    w0, w1 = centred8(words, z0, z1, DTYPE, ASM)
+    g0, _, g1, _ = load_groups(groups, GROUPS)
+    w0, w1 = centred8(words, g0, g1, x.dtype.element_ty, ASM)
     x0 = load_x(x, x_mask, column, K, EVEN_K)
-    x1 = load_x(x + BK // 2, x_mask, column + BK // 2, K, EVEN_K)
+    x1 = load_x(x + R, x_mask, column + R, K, EVEN_K)
     part = tl.dot(w0, x0)
     if GROUPS == 2:
-        acc += part * s0[:, None]
+        acc += part * scale_of(g0, SCALE)
         part = tl.dot(w1, x1)
     else:
         part = tl.dot(w1, x1, part)
-    return acc + part * s1[:, None]
+    return acc + part * scale_of(g1, SCALE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_per_part"])
 def decode_kernel(
-    x, codes, scale_zero, bias, out, M, N, K, blocks_per_part, x_stride, code_stride, group_stride,
+    x, codes, scale_zero, bias, out, experts, order,
+    M, N, K, x_stride, num_tiles, num_groups, blocks_per_part,
     BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, EXPERTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (features, rows, part of K); `out` is y `[M, N]`, or its float32 parts `[parts, M, N]`."""
     R: tl.constexpr = BK * BITS // 16
-    tile, part = tl.program_id(0), tl.program_id(2)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    feature = tile * BN + tl.arange(0, BN)
-    x_mask = (row < M)[None, :]
-
+    tile, part, blocks = tl.program_id(0), tl.program_id(2), tl.cdiv(K, BK)
     first = part * blocks_per_part
-    last = tl.minimum(first + blocks_per_part, tl.cdiv(K, BK))
+    last = tl.minimum(first + blocks_per_part, blocks)
+    feature = tile * BN + tl.arange(0, BN)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    if EXPERTS:
+        experts += tl.program_id(1) * 3
+        expert, start, end = tl.load(experts), tl.load(experts + 1), tl.load(experts + 2)
+        codes += expert.to(tl.int64) * num_tiles * blocks * (ROW_TILE * R)
+        scale_zero += expert.to(tl.int64) * num_tiles * num_groups * ROW_TILE
+        last = tl.where(start < end, last, first)
+        position = start + tl.arange(0, BM)
+        x_mask = (position < end)[None, :]
+        row = tl.load(order + position, mask=position < end, other=0)
+    else:
+        x_mask = (row < M)[None, :]
+
     column = (first * BK + tl.arange(0, R))[:, None]
-    codes += (tile * BN).to(tl.int64) * code_stride
-    word = tl.arange(0, BN)[:, None] * code_stride + (first * R + tl.arange(0, R))[None, :]
-    x_pointers, code_pointers = x + row[None, :] * x_stride + column, codes + word
-    group_pointers = scale_zero + feature
+    x_pointers = x + row[None, :] * x_stride + column
+    code_pointers = codes + row_offsets(tile, blocks, BN, R)[:, None] + tl.arange(0, R)[None, :]
+    code_pointers += first * (ROW_TILE * R)
+    group_pointers = scale_zero + row_offsets(tile, num_groups, BN, 1)
 
     acc = tl.zeros((BN, BM), tl.float32)
     for block in range(first, last):
@@ -94,14 +113,12 @@ def decode_kernel(
         if BLOCKS_PER_GROUP == 0:
             groups = group_pointers
         else:
-            groups = group_pointers + block * GROUPS // BLOCKS_PER_GROUP * group_stride
+            groups = group_pointers + block * GROUPS // BLOCKS_PER_GROUP * ROW_TILE
         if BITS == 4:
-            acc = multiply4(acc, words, x_pointers, x_mask, column, K, groups, group_stride, GROUPS, BK,
-                            EVEN_K, SCALE, ASM)  # fmt: skip
+            acc = multiply4(acc, words, x_pointers, x_mask, column, K, groups, GROUPS, R, EVEN_K, SCALE, ASM)
         else:
-            acc = multiply8(acc, words, x_pointers, x_mask, column, K, groups, group_stride, GROUPS, BK,
-                            EVEN_K, SCALE, ASM)  # fmt: skip
-        code_pointers += R
+            acc = multiply8(acc, words, x_pointers, x_mask, column, K, groups, GROUPS, R, EVEN_K, SCALE, ASM)
+        code_pointers += ROW_TILE * R
         x_pointers += BK
         column += BK
 
@@ -113,7 +130,7 @@ def decode_kernel(
     tl.store(y, acc.to(out.dtype.element_ty), mask=x_mask & (feature < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def reduce_kernel(parts, bias, out, num_parts, size, N, BLOCK: tl.constexpr, BIAS: tl.constexpr):
     """`out[i] = sum of parts[p, i] over p, in order, + bias[i % N]`, rounded once; `size` is M * N."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

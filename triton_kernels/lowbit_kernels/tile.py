@@ -16,148 +16,181 @@ Two spellings of the same values, chosen by `ASM`: inline PTX for NVIDIA, two co
 plain Triton for everything else.
 """
 
+# ruff: noqa: SIM300
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Operands: one slice of results each, the register of packed codes, `-(power + zero)` for each slice.
+ROW_TILE = tl.constexpr(64)
+
+# Results: the slices. Operands: a register of packed codes, then the layout's int32 of scale and zero of
+# each slice, twice, which a byte permutation
+# puts into the same power of two as the codes. An instruction holds one constant, so the permutations take
+# theirs as the selector and share a register with the logic: that is worth a twentieth of the kernel.
 _FOUR_F16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, high, sixteenth;
+    .reg .b32 a, b, c, d, high, power, sixteenth, offset, za, zb, zc, zd;
+    mov.b32 power, 0x64006400;
     mov.b32 sixteenth, 0x2c002c00;
+    mov.b32 offset, 0x63806380;
+    prmt.b32 za, $5, $5, 0x3232;
+    prmt.b32 zb, $7, $7, 0x3232;
+    prmt.b32 zc, $9, $9, 0x3232;
+    prmt.b32 zd, $11, $11, 0x3232;
+    sub.f16x2 zb, offset, zb;
+    sub.f16x2 zd, offset, zd;
     shr.b32 high, $4, 8;
-    lop3.b32 a, $4, 0x000f000f, 0x64006400, 0xea;
-    lop3.b32 b, $4, 0x00f000f0, 0x64006400, 0xea;
-    lop3.b32 c, high, 0x000f000f, 0x64006400, 0xea;
-    lop3.b32 d, high, 0x00f000f0, 0x64006400, 0xea;
-    add.f16x2 $0, a, $5;
-    fma.rn.f16x2 $1, b, sixteenth, $6;
-    add.f16x2 $2, c, $7;
-    fma.rn.f16x2 $3, d, sixteenth, $8;
+    lop3.b32 a, $4, 0x000f000f, power, 0xea;
+    lop3.b32 b, $4, 0x00f000f0, power, 0xea;
+    lop3.b32 c, high, 0x000f000f, power, 0xea;
+    lop3.b32 d, high, 0x00f000f0, power, 0xea;
+    sub.f16x2 $0, a, za;
+    fma.rn.f16x2 $1, b, sixteenth, zb;
+    sub.f16x2 $2, c, zc;
+    fma.rn.f16x2 $3, d, sixteenth, zd;
 }""")
-# sm_80 has no packed addition of bfloat16, so it multiplies by one.
+# sm_80 has no packed subtraction of bfloat16, so it multiplies by minus one.
 _FOUR_BF16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, one;
-    mov.b32 one, 0x3f803f80;
+    .reg .b32 a, b, c, d, power, minus, za, zb, zc, zd;
+    mov.b32 power, 0x43004300;
+    mov.b32 minus, 0xbf80bf80;
+    prmt.b32 za, $5, $5, 0x3232;
+    prmt.b32 zb, $7, $7, 0x3232;
+    prmt.b32 zc, $9, $9, 0x3232;
+    prmt.b32 zd, $11, $11, 0x3232;
+    lop3.b32 za, za, 0x00ff00ff, power, 0xea;
+    lop3.b32 zb, zb, 0x00ff00ff, power, 0xea;
+    lop3.b32 zc, zc, 0x00ff00ff, power, 0xea;
+    lop3.b32 zd, zd, 0x00ff00ff, power, 0xea;
     shr.b32 b, $4, 4;
     shr.b32 c, $4, 8;
     shr.b32 d, $4, 12;
-    lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, a, one, $5;
-    fma.rn.bf16x2 $1, b, one, $6;
-    fma.rn.bf16x2 $2, c, one, $7;
-    fma.rn.bf16x2 $3, d, one, $8;
+    lop3.b32 a, $4, 0x000f000f, power, 0xea;
+    lop3.b32 b, b, 0x000f000f, power, 0xea;
+    lop3.b32 c, c, 0x000f000f, power, 0xea;
+    lop3.b32 d, d, 0x000f000f, power, 0xea;
+    fma.rn.bf16x2 $0, za, minus, a;
+    fma.rn.bf16x2 $1, zb, minus, b;
+    fma.rn.bf16x2 $2, zc, minus, c;
+    fma.rn.bf16x2 $3, zd, minus, d;
 }""")
 _TWO_F16 = tl.constexpr("""{
-    .reg .b32 a, b, power;
-    mov.b32 power, 0x64646464;
+    .reg .b32 a, b, power, za, zb;
+    mov.b32 power, 0x64006400;
+    prmt.b32 za, $3, $3, 0x3232;
+    prmt.b32 zb, $5, $5, 0x3232;
     prmt.b32 a, $2, power, 0x5250;
     prmt.b32 b, $2, power, 0x5351;
-    add.f16x2 $0, a, $3;
-    add.f16x2 $1, b, $4;
+    sub.f16x2 $0, a, za;
+    sub.f16x2 $1, b, zb;
 }""")
 _TWO_BF16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, power;
+    .reg .b32 a, b, c, d, power, za, zb;
     mov.b32 power, 0x4b000000;
+    prmt.b32 za, $3, power, 0x7652;
+    prmt.b32 zb, $5, power, 0x7652;
     prmt.b32 a, $2, power, 0x7650;
     prmt.b32 b, $2, power, 0x7651;
     prmt.b32 c, $2, power, 0x7652;
     prmt.b32 d, $2, power, 0x7653;
-    add.rn.f32 a, a, $3;
-    add.rn.f32 b, b, $5;
-    add.rn.f32 c, c, $4;
-    add.rn.f32 d, d, $6;
+    sub.rn.f32 a, a, za;
+    sub.rn.f32 b, b, zb;
+    sub.rn.f32 c, c, za;
+    sub.rn.f32 d, d, zb;
     prmt.b32 $0, a, c, 0x7632;
     prmt.b32 $1, b, d, 0x7632;
 }""")
 
 
 @triton.jit
-def split_scale_zero(word, SCALE: tl.constexpr):
-    """One int32 of the layout as a float32 scale and an int32 zero."""
-    if SCALE == tl.bfloat16:
-        scale = (word << 16).to(tl.float32, bitcast=True)
-    else:
-        scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, word >> 16
+def row_offsets(tile, count, BN: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the rows of tile `tile` of `BN` rows begin, in `[rows / ROW_TILE, count, ROW_TILE, WIDTH]`."""
+    row = tl.arange(0, BN)
+    start = tile.to(tl.int64) * (BN // ROW_TILE) * count * (ROW_TILE * WIDTH)
+    if BN == ROW_TILE:
+        return start + row * WIDTH
+    return start + row // ROW_TILE * (count * ROW_TILE * WIDTH) + row % ROW_TILE * WIDTH
 
 
 @triton.jit
-def load_groups(pointers, stride, GROUPS: tl.constexpr, SCALE: tl.constexpr):
-    """Scales and zeros of the four quarters of a block that has `GROUPS` groups: 1, 2 or 4."""
-    s0, z0 = split_scale_zero(tl.load(pointers), SCALE)
+def load_groups(pointers, GROUPS: tl.constexpr):
+    """Scale and zero of the four quarters of a block that has `GROUPS` groups: 1, 2 or 4."""
+    g0 = tl.load(pointers)
     if GROUPS == 1:
-        return s0, s0, s0, s0, z0, z0, z0, z0
+        g1, g2, g3 = g0, g0, g0
     elif GROUPS == 2:
-        s2, z2 = split_scale_zero(tl.load(pointers + stride), SCALE)
-        return s0, s0, s2, s2, z0, z0, z2, z2
+        g2 = tl.load(pointers + ROW_TILE)
+        g1, g3 = g0, g2
     else:
-        s1, z1 = split_scale_zero(tl.load(pointers + stride), SCALE)
-        s2, z2 = split_scale_zero(tl.load(pointers + 2 * stride), SCALE)
-        s3, z3 = split_scale_zero(tl.load(pointers + 3 * stride), SCALE)
-        return s0, s1, s2, s3, z0, z1, z2, z3
+        g1 = tl.load(pointers + ROW_TILE)
+        g2 = tl.load(pointers + 2 * ROW_TILE)
+        g3 = tl.load(pointers + 3 * ROW_TILE)
+    return g0, g1, g2, g3
 
 
 @triton.jit
-def minus(bits, shape: tl.constexpr, DTYPE: tl.constexpr):
-    """The float whose bit pattern is the low half of `bits [out]`, for every code of a row."""
-    return tl.broadcast_to(bits.to(tl.int16).to(DTYPE, bitcast=True)[:, None], shape)
+def scale_of(group, SCALE: tl.constexpr):
+    """The scale in the low half of the layout's int32, as float32 `[out, 1]`."""
+    if SCALE == tl.bfloat16:
+        scale = (group << 16).to(tl.float32, bitcast=True)
+    else:
+        scale = group.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale[:, None]
 
 
 @triton.jit
-def centred4(words, z0, z1, z2, z3, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def zero_of(group):
+    """The zero in the high half of the layout's int32, as float32 `[out, 1]`."""
+    return (group >> 16 & 255).to(tl.float32)[:, None]
+
+
+@triton.jit
+def spread(group, words):
+    """`group [out]` beside every word of its row."""
+    return tl.broadcast_to(group[:, None], words.shape)
+
+
+@triton.jit
+def centred4(words, g0, g1, g2, g3, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """The four slices of 4-bit `words`, each less its zero: exact, in float16 or bfloat16."""
-    MINUS: tl.constexpr = 0xE400 if DTYPE == tl.float16 else 0xC300
-    n0 = minus(z0 | MINUS, words.shape, DTYPE)
-    n2 = minus(z2 | MINUS, words.shape, DTYPE)
     if ASM and DTYPE == tl.float16:
-        n1 = minus(z1 << 4 | 0xD400, words.shape, DTYPE)  # 64 + zero: the code was divided by 16
-        n3 = minus(z3 << 4 | 0xD400, words.shape, DTYPE)
-    else:
-        n1 = minus(z1 | MINUS, words.shape, DTYPE)
-        n3 = minus(z3 | MINUS, words.shape, DTYPE)
-    if ASM:
         return tl.inline_asm_elementwise(
-            _FOUR_F16 if DTYPE == tl.float16 else _FOUR_BF16,
-            "=r,=r,=r,=r,r,r,r,r,r",
-            [words, n0, n1, n2, n3],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
-            is_pure=True,
-            pack=2,
-        )
-    POWER: tl.constexpr = MINUS - 0x8000
-    w0 = (words & 15 | POWER).to(DTYPE, bitcast=True) + n0
-    w1 = (words >> 4 & 15 | POWER).to(DTYPE, bitcast=True) + n1
-    w2 = (words >> 8 & 15 | POWER).to(DTYPE, bitcast=True) + n2
-    w3 = (words >> 12 & 15 | POWER).to(DTYPE, bitcast=True) + n3
-    return w0, w1, w2, w3
+            _FOUR_F16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [words, spread(g0, words), spread(g1, words), spread(g2, words), spread(g3, words)],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            _FOUR_BF16, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [words, spread(g0, words), spread(g1, words), spread(g2, words), spread(g3, words)],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        POWER: tl.constexpr = 0x6400 if DTYPE == tl.float16 else 0x4300
+        VALUE: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
+        w0 = (words & 15 | POWER).to(DTYPE, bitcast=True) - (VALUE + zero_of(g0)).to(DTYPE)
+        w1 = (words >> 4 & 15 | POWER).to(DTYPE, bitcast=True) - (VALUE + zero_of(g1)).to(DTYPE)
+        w2 = (words >> 8 & 15 | POWER).to(DTYPE, bitcast=True) - (VALUE + zero_of(g2)).to(DTYPE)
+        w3 = (words >> 12 & 15 | POWER).to(DTYPE, bitcast=True) - (VALUE + zero_of(g3)).to(DTYPE)
+        return w0, w1, w2, w3
 
 
 @triton.jit
-def centred8(words, z0, z1, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def centred8(words, g0, g1, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """The two slices of 8-bit `words`, each less its zero: exact, in float16 or bfloat16."""
     if ASM and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _TWO_F16,
-            "=r,=r,r,r,r",
-            [words, minus(z0 | 0xE400, words.shape, DTYPE), minus(z1 | 0xE400, words.shape, DTYPE)],
-            dtype=(DTYPE, DTYPE),
-            is_pure=True,
-            pack=2,
-        )
+            _TWO_F16, "=r,=r,r,r,r,r,r", [words, spread(g0, words), spread(g1, words)],
+            dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     elif ASM:
-        n0 = (z0 - 0x35000000).to(tl.float32, bitcast=True)  # the bits of -(2**23 + zero)
-        n1 = (z1 - 0x35000000).to(tl.float32, bitcast=True)
-        n0, n1 = tl.broadcast_to(n0[:, None], words.shape), tl.broadcast_to(n1[:, None], words.shape)
         return tl.inline_asm_elementwise(
-            _TWO_BF16, "=r,=r,r,r,r,r,r", [words, n0, n1], dtype=(DTYPE, DTYPE), is_pure=True, pack=2
-        )
+            _TWO_BF16, "=r,=r,r,r,r,r,r", [words, spread(g0, words), spread(g1, words)],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        w0 = ((words & 255).to(tl.float32) - z0.to(tl.float32)[:, None]).to(DTYPE)
-        w1 = ((words >> 8 & 255).to(tl.float32) - z1.to(tl.float32)[:, None]).to(DTYPE)
+        w0 = ((words & 255).to(tl.float32) - zero_of(g0)).to(DTYPE)
+        w1 = ((words >> 8 & 255).to(tl.float32) - zero_of(g1)).to(DTYPE)
         return w0, w1
 
 
@@ -172,4 +205,4 @@ def load_x(pointers, row_mask, column, K, EVEN_K: tl.constexpr):
 @triton.jit
 def scaled(w, scale, DTYPE: tl.constexpr):
     """Weights of one group in 16 bits: what a dense checkpoint would hold."""
-    return w * scale.to(DTYPE)[:, None]
+    return w * scale.to(DTYPE)

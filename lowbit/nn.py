@@ -1,0 +1,140 @@
+"""`QuantLinear`: a linear layer whose weight stays as the checkpoint holds it.
+
+Its parameters are the checkpoint's own tensors, under their own names and in their own dtypes. So the
+state dict is the checkpoint, saving writes back what was read, to the bit, and everything that moves
+parameters (accelerate, `.to`) moves these.
+
+What is multiplied is an `ops.Operand`, derived from them: made when the model is loaded or moved, held
+beside the parameters, in no state dict. Where the parameters come and go (offloading), it is made
+for every call and not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import formats, ops
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS
+from lowbit.quantized import QuantizedWeight
+from lowbit.scheme import QuantScheme
+
+
+class QuantLinear(nn.Module):
+    """`x @ weight.T + bias` with a packed weight.
+
+    Args:
+        name: Name of the module in the checkpoint, for messages.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        tensors: The packed weight's tensors by suffix; they may be on the meta device.
+        scheme: Its grid.
+        format_name: Key of `FORMATS`.
+        config: The checkpoint's `quantization_config`.
+        bias: Is there a bias?
+        dtype: dtype of the bias and, as far as is known, of the activations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        tensors: Mapping[str, Tensor],
+        scheme: QuantScheme,
+        format_name: str,
+        config: Mapping[str, Any],
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.name, self.out_features, self.in_features = name, out_features, in_features
+        self.scheme, self.format_name, self.config = scheme, format_name, config
+        self.suffixes = tuple(tensors)
+        for suffix, tensor in tensors.items():
+            self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+        device = next(iter(tensors.values())).device
+        empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.dtype = dtype
+        self._prepared: tuple[ops.Operand, Tensor | None] | None = None
+        self.prepare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
+        operand, order = self._prepared or self._derive()
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        return ops.matmul(x if order is None else x[..., order], operand, bias)
+
+    def prepare(self) -> None:
+        """Derive what is multiplied from the parameters, if they are here.
+
+        Raises:
+            LowbitError: they do not fit the configuration.
+        """
+        here = all(tensor.device.type != "meta" for tensor in self.tensors().values())
+        self._prepared = self._derive() if here else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The packed weight's tensors by suffix, as the checkpoint holds them."""
+        return {suffix: getattr(self, suffix).data for suffix in self.suffixes}
+
+    def read(self) -> tuple[QuantizedWeight, Tensor | None]:
+        """The weight, and the order of its columns where groups are scattered: see `formats.read`.
+
+        Raises:
+            LowbitError: the tensors do not fit the configuration or the layer.
+        """
+        try:
+            found = formats.read(FORMATS[self.format_name], self.tensors(), self.scheme, self.config)
+        except (LowbitError, ValueError, RuntimeError) as error:
+            raise LowbitError(f"{self.name}: {str(error).splitlines()[0]}") from error
+        shape = (self.out_features, self.in_features)
+        if found[0].shape != shape:
+            raise LowbitError(f"{self.name}: holds a weight of {found[0].shape}, the model needs {shape}")
+        return found
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the layer stands for, `[out, in]`."""
+        weight, order = self.read()
+        dense = weight.dequantize(dtype)
+        return dense if order is None else dense[:, torch.argsort(order)]
+
+    @property
+    def operand(self) -> ops.Operand | None:
+        """What is multiplied; None where it is derived anew at every call."""
+        return None if self._prepared is None else self._prepared[0]
+
+    def extra_repr(self) -> str:
+        """Sizes, scheme, format and layout."""
+        layout = "unprepared" if self.operand is None else self.operand.layout
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, {self.format_name}, {layout}"
+
+    def _derive(self) -> tuple[ops.Operand, Tensor | None]:
+        weight, order = self.read()
+        operand = ops.prepare(weight, self.dtype)
+        if operand.layout == ops.STREAM and order is None and "weight_packed" in self.suffixes:
+            operand = ops.stream(weight, self.tensors()["weight_packed"])  # the same stream: no copy
+        return operand, order
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move parameters, but never change the dtype of the checkpoint's tensors."""
+        packed = [getattr(self, suffix) for suffix in self.suffixes]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is own for own in packed):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()

@@ -1,0 +1,60 @@
+"""Pages of memory-mapped tensors, given back to the system when they have been read.
+
+A checkpoint is mapped, not read: its tensors take memory only where they are touched. Once a kernel's
+layout is made from a packed weight, nothing reads the original again until it is saved, but the system
+keeps its pages as long as nobody else asks for memory. `release` says that they can go. What they held
+is in the file; touching them again reads it back.
+
+Only mappings of safetensors files are released to which nobody has written, as the kernel's own account
+of them says. Everything else, and every system but Linux, is left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/smaps")
+_DONT_NEED = 4
+
+
+def release(tensors: Iterable[Tensor]) -> int:
+    """Let the whole pages under `tensors` go; returns their bytes."""
+    mapped = _untouched_files()
+    if not mapped:
+        return 0
+    library = ctypes.CDLL(None, use_errno=True)
+    released = 0
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            continue
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if not any(start <= first and last <= stop for start, stop in mapped):
+            continue
+        first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+            released += last - first
+    return released
+
+
+def _untouched_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that show a safetensors file, every page as it is on disk."""
+    try:
+        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    ranges: list[tuple[int, int]] = []
+    current = None
+    for line in lines:
+        head, _, rest = line.partition(" ")
+        if not head.endswith(":"):  # `7f00-7f01 rw-p offset device inode path` starts a mapping
+            current = head if line.endswith(".safetensors") else None
+        elif current and head == "Anonymous:" and rest.split()[0] == "0":  # no page was copied on write
+            start, _, stop = current.partition("-")
+            ranges.append((int(start, 16), int(stop, 16)))
+    return ranges

@@ -1,0 +1,32 @@
+"""The kernels in Triton's interpreter: numbers without a GPU.
+
+Triton decides at import whether it interprets, and other tests of this process may have imported it, so
+`interpreted/check_*.py` run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECKS = sorted((Path(__file__).parent / "interpreted").glob("check_*.py"))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)
+def test_interpreted(check: Path) -> None:
+    source = os.pathsep.join(map(str, (ROOT, ROOT / "triton_kernels")))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(check)],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout

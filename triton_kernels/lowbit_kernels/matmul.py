@@ -1,0 +1,214 @@
+"""From tensors to launches: which kernel, how many programs, and nothing that waits for the GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_kernels.decode import decode_kernel, reduce_kernel
+from lowbit_kernels.dequantize import dequantize_kernel
+from lowbit_kernels.layout import ROW_TILE, WHOLE_ROW, block_columns, padded_tiles
+from lowbit_kernels.prefill import prefill_kernel
+from lowbit_kernels.tiles import Tiles, choose
+
+DECODE_ROWS = 32
+PREFILL_ROWS = 1024
+"""Above this, expanding the weight costs less than a tenth of multiplying by it."""
+
+_PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as fit, with three stages of a decode tile in shared memory
+_BAND = 8
+_REDUCE_BLOCK = 256
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Target(NamedTuple):
+    """What the host code asks about a device: `sm_90` or `gfx942`, its size, and whether it speaks PTX."""
+
+    arch: str
+    multiprocessors: int
+    ptx: bool
+
+
+@cache
+def target(device: torch.device) -> Target:
+    """The target behind `device`; asks the driver once."""
+    if device.type != "cuda":  # the interpreter, which knows neither PTX nor multiprocessors
+        return Target("sm_80", 4, ptx=False)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count, ptx=False)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, ptx=True)
+
+
+def unsupported(
+    bits: int, group_size: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why this weight must take another path, in one line; None where the kernels run it."""
+    if block_columns(bits, group_size, in_features) is None:
+        return (
+            f"no kernel for {bits} bits in groups of {group_size}: 4 or 8 bits, groups of 32, 64 or 128 * n"
+        )
+    if dtype not in _DTYPES:
+        return f"no kernel for activations in {dtype}: float16 or bfloat16"
+    if device.type != "cuda":
+        return f"no kernel for a device of type {device.type!r}"
+    arch = target(device).arch
+    if arch.startswith("sm_") and int(arch[3:]) < 80:
+        return f"no kernel for {arch}: Ampere (sm_80) or newer"
+    return None
+
+
+def grid_constants(bits: int, group_size: int, in_features: int, scale_dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time constants that every kernel takes from the weight."""
+    block = block_columns(bits, group_size, in_features)
+    if block is None:
+        raise ValueError(f"no kernel for {bits} bits in groups of {group_size}")
+    one_group = group_size in (WHOLE_ROW, in_features)
+    return {
+        "BITS": bits,
+        "BK": block,
+        "GROUPS": 1 if one_group else max(1, block // group_size),
+        "BLOCKS_PER_GROUP": 0 if one_group else max(1, group_size // block),
+        "SCALE": _DTYPES[scale_dtype],
+    }
+
+
+def split(blocks: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """`(parts, blocks per part)` of K that bring `programs` up to what the device runs at once."""
+    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))
+    per_part = -(-blocks // min(wanted, blocks))
+    return -(-blocks // per_part), per_part
+
+
+def dequant_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scale_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    scale_dtype: torch.dtype,
+) -> Tensor:
+    """`x @ w.T + bias`, with the weight in the kernel layout.
+
+    Args:
+        x: float16 or bfloat16 `[..., in]`, of any strides and any number of rows, none included.
+        codes: int16, from `to_layout`.
+        scale_zero: int32, from `to_layout`.
+        bias: `[out]`, or None.
+        bits: 4 or 8.
+        group_size: Input columns that share a scale; -1 means the whole row.
+        out_features: Rows of the weight, without padding.
+        scale_dtype: bfloat16 or float16, that of the scales given to `to_layout`.
+
+    Returns:
+        `[..., out]` in x's dtype, accumulated in float32, the same on every run.
+
+    Raises:
+        ValueError: the tensors do not fit one another.
+    """
+    in_features = x.shape[-1]
+    constants = grid_constants(bits, group_size, in_features, scale_dtype)
+    check(x, codes, constants, in_features, out_features)
+    rows = x.reshape(-1, in_features)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if len(rows) > PREFILL_ROWS:
+        weight = dequantize(
+            codes, scale_zero, bits=bits, group_size=group_size, in_features=in_features,
+            out_features=out_features, scale_dtype=scale_dtype, dtype=x.dtype,
+        )  # fmt: skip
+        return torch.nn.functional.linear(x, weight, bias)
+    y = x.new_empty(len(rows), out_features)
+    if y.numel():
+        launch = decode if len(rows) <= DECODE_ROWS else prefill
+        launch(rows, codes, scale_zero, bias, y, constants)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def check(x: Tensor, codes: Tensor, constants: dict[str, Any], in_features: int, out_features: int) -> None:
+    """Refuse what would read beyond a tensor's end."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
+    block = constants["BK"]
+    words = block * constants["BITS"] // 16
+    shape = (padded_tiles(out_features), -(-in_features // block), ROW_TILE, words)
+    if codes.shape[-4:] != shape or codes.dtype != torch.int16:
+        raise ValueError(
+            f"a weight [{out_features}, {in_features}] has int16 codes {list(shape)} in the kernel layout, "
+            f"got {codes.dtype} {list(codes.shape)}"
+        )
+
+
+def decode(
+    x: Tensor, codes: Tensor, scale_zero: Tensor, bias: Tensor | None, y: Tensor, constants: dict[str, Any],
+    experts: Tensor | None = None, order: Tensor | None = None, tile: Tiles | None = None,
+) -> None:  # fmt: skip
+    """`y[rows, out] = x @ w.T + bias` by `decode_kernel`; by expert where `experts` and `order` are given."""
+    device = target(x.device)
+    tile = tile or choose("decode", device.arch, constants["BITS"], x.dtype, len(x))
+    (num_rows, in_features), out_features = x.shape, y.shape[1]
+    row_tiles = -(-num_rows // tile.rows) if experts is None else len(experts)
+    feature_tiles = -(-out_features // tile.features)
+    blocks = -(-in_features // constants["BK"])
+    parts, per_part = split(blocks, feature_tiles * row_tiles, device.multiprocessors)
+    out = y if parts == 1 else y.new_empty(parts, num_rows, out_features, dtype=torch.float32)
+    num_tiles, num_groups = scale_zero.shape[-3:-1]
+    grid = (feature_tiles, row_tiles, parts)
+    decode_kernel[grid](
+        x, codes, scale_zero, bias, out, experts, order,
+        num_rows, out_features, in_features, x.stride(0), num_tiles, num_groups, per_part,
+        **constants, BM=tile.rows, BN=tile.features, EVEN_K=in_features % constants["BK"] == 0,
+        SPLIT=parts > 1, BIAS=bias is not None, EXPERTS=experts is not None, ASM=device.ptx,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if parts > 1:
+        reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
+            out, bias, y, parts, y.numel(), out_features, BLOCK=_REDUCE_BLOCK, BIAS=bias is not None
+        )
+
+
+def prefill(
+    x: Tensor, codes: Tensor, scale_zero: Tensor, bias: Tensor | None, y: Tensor, constants: dict[str, Any]
+) -> None:
+    """`y[rows, out] = x @ w.T + bias` by `prefill_kernel`."""
+    device = target(x.device)
+    tile = choose("prefill", device.arch, constants["BITS"], x.dtype, len(x))
+    (num_rows, in_features), out_features = x.shape, y.shape[1]
+    words = codes.shape[-1]
+    prefill_kernel[(-(-num_rows // tile.rows) * -(-out_features // tile.features),)](
+        x, codes, scale_zero, bias, y,
+        num_rows, out_features, in_features, x.stride(0), scale_zero.shape[-2],
+        **constants, BM=tile.rows, BN=tile.features, STEP=min(tile.step, words), BAND=_BAND,
+        EVEN_K=in_features % constants["BK"] == 0, BIAS=bias is not None, ASM=device.ptx,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def dequantize(
+    codes: Tensor,
+    scale_zero: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dense weight `[out, in]` in `dtype`, float16 or bfloat16, each value rounded once."""
+    constants = grid_constants(bits, group_size, in_features, scale_dtype)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    check(weight, codes, constants, in_features, out_features)
+    dequantize_kernel[tuple(codes.shape[-4:-2])](
+        codes, scale_zero, weight, out_features, in_features, scale_zero.shape[-2],
+        **constants, ASM=target(codes.device).ptx,
+    )  # fmt: skip
+    return weight
