@@ -105,6 +105,17 @@ class QuantLinear(nn.Module):
         return dense if order is None else dense[:, torch.argsort(order)]
 
     @property
+    def weight(self) -> Tensor:
+        """Empty, of the layer's device and dtype: models ask a linear's weight for them.
+
+        It says that it is initialized, because models fill weights that they don't find in a file.
+        """
+        device = getattr(self, self.suffixes[0]).device
+        weight = torch.empty(0, dtype=self.dtype, device=device)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
+
+    @property
     def operand(self) -> ops.Operand | None:
         """What is multiplied; None where it is derived anew at every call."""
         return None if self._prepared is None else self._prepared[0]

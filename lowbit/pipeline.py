@@ -207,7 +207,8 @@ class _Road:
             if not key.endswith(".weight"):
                 self._copy(writer, key)
         dense = weight.dequantize(torch.bfloat16)
-        lost = (dense.float() - module.weight.float()).square().sum() / module.weight.float().square().sum()
+        original = module.weight.detach().float()
+        lost = (dense.float() - original).square().sum() / original.square().sum()
         self.report.layers.append(Layer(head, weight.shape, str(scheme), float(lost), note))
         # A new parameter, so that a tied embedding stays as it is.
         module.weight = nn.Parameter(dense.to(module.weight.dtype), requires_grad=False)

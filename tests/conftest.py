@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -19,6 +20,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+import lowbit
 from tests.tiny import make_model
 
 torch.set_num_threads(1)
@@ -34,6 +36,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = f"{family}-{sorted(options.items())}"
         if key not in made:
             made[key] = make_model(family, tmp_path_factory.mktemp(family), **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`checkpoint(family, scheme, **options)`: a tiny model quantized by rounding; never write to it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", scheme: lowbit.QuantScheme | None = None, **options: Any) -> Path:
+        scheme = scheme or lowbit.QuantScheme(4, 32)
+        key = f"{family} {scheme} {sorted(options.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
+            source = tiny_model(family, tied=options.pop("tied", None))
+            lowbit.quantize(str(source), scheme, output=folder, method="rtn", verify_output=False, **options)
+            made[key] = folder
         return made[key]
 
     return make
