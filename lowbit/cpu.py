@@ -23,6 +23,9 @@ Memory of the tiles: `[out / B, in, B / 2]` bytes, two rows of a block of `B` in
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -153,30 +156,54 @@ def _multiply_by_tiles(x: Tensor, tiles: Tensor, scales: Tensor, out_features: i
         part = slice(start, start + step)
         weight = _dense(tiles[part], scales[:, part], planes, x.dtype)
         columns = product[:, part]
-        columns.copy_((x @ weight)[:, : columns.shape[1]])
+        result = _scratch.take("result", (x.shape[0], weight.shape[1]), x.dtype)
+        columns.copy_(torch.mm(x, weight, out=result)[:, : columns.shape[1]])
     return product
 
 
 def dense(tiles: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The weight that the tiles stand for, transposed, `[in, rows]`."""
-    return _dense(tiles, scales, 2 if bits == 8 else 1, dtype)
+    parts = zip(tiles.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE, 1), strict=True)
+    return torch.cat([_dense(*part, 2 if bits == 8 else 1, dtype).clone() for part in parts], 1)
 
 
 def _dense(tiles: Tensor, scales: Tensor, planes: int, dtype: torch.dtype) -> Tensor:
+    """As `dense`, in memory of `_scratch`: the next call overwrites it."""
     rows, shape, side_dim = _block().rows, _block().shape, _block().side
     in_features, groups = 2 * tiles.shape[1] // planes, scales.shape[0] // planes
     pairs = scales.unflatten(1, (-1, *shape)).unflatten(0, (planes, groups))
     zeros = pairs[..., 1].float().sum(0)
     if planes == 2:
         zeros -= _MIDDLE * pairs[-1, ..., 0].float()
-    factors, zeros = pairs[-1, ..., 0].to(dtype), zeros.to(dtype)
-    weight = torch.empty(groups, in_features // groups, tiles.shape[0] // rows, *shape, dtype=dtype)
+    factors = pairs[-1, ..., 0].float()
     octets = tiles.view(-1, planes, in_features, rows // 2)
-    for side, digits in enumerate(packing.nibbles(octets)):
-        values = _centred(digits).to(dtype).unflatten(1, (groups, -1))
+    low, high = (_scratch.take(name, octets.shape, torch.uint8) for name in ("low", "high"))
+    values = _scratch.take("values", (len(octets), in_features, rows // 2), torch.float32)
+    weight = _scratch.take("weight", (groups, in_features // groups, len(octets), *shape), dtype)
+    halves = packing.nibbles(octets, (low, high))
+    for side, digits in enumerate(halves):
+        values.copy_(_centred(digits))
+        grouped = values.unflatten(1, (groups, -1))
         factor, zero = (part.select(side_dim, side).transpose(0, 1).unsqueeze(2) for part in (factors, zeros))
-        torch.addcmul(zero, values, factor, out=weight.select(side_dim, side).permute(2, 0, 1, 3))
+        weight.select(side_dim, side).permute(2, 0, 1, 3).copy_(grouped.mul_(factor).add_(zero))
     return weight.view(in_features, -1)
+
+
+class _Scratch(threading.local):
+    """Memory that a thread keeps: fresh pages for every tile would cost more than its arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory, the same for the same name."""
+        size = math.prod(shape) * dtype.itemsize
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[name][:size].view(dtype).view(*shape)
+
+
+_scratch = _Scratch()
 
 
 def _block() -> Block:

@@ -84,8 +84,23 @@ class Operand:
 def matmul(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     """`x [..., in] @ weight.T + bias`, `[..., out]` in the dtype of `x`."""
     tensors, rest = weight.fields()
+    if weight.layout == TILES and _is_plain(x):
+        return _matmul_on_cpu(x, bias, *tensors, **rest)
     product: Tensor = torch.ops.lowbit.dequant_matmul.default(x, bias, *tensors, **rest)
     return product
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Would the dispatcher find nothing to do but to call the CPU's implementation?
+
+    The way through it and the autograd wrapper takes 17 us, a fifth of the time of a small layer.
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def dequantize(weight: Operand, dtype: torch.dtype) -> Tensor:

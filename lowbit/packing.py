@@ -80,11 +80,12 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return codes if codes.shape[-1] == count else codes[..., :count].contiguous()
 
 
-def nibbles(octets: Tensor) -> tuple[Tensor, Tensor]:
+def nibbles(octets: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The low and the high four bits of every entry of a uint8 tensor, each in its shape and dtype.
 
     >>> low, high = nibbles(torch.tensor([0x21, 0x43], dtype=torch.uint8))
     >>> low.tolist(), high.tolist()
     ([1, 3], [2, 4])
     """
-    return octets & 15, octets >> 4
+    low, high = out or (torch.empty_like(octets), torch.empty_like(octets))
+    return torch.bitwise_and(octets, 15, out=low), torch.bitwise_right_shift(octets, 4, out=high)

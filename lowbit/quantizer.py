@@ -44,11 +44,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit import formats, pages
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
-from lowbit.nn import QuantLinear
+from lowbit.nn import DenseLinear, QuantLinear
 from lowbit.ops import STREAM
 from lowbit.scheme import QuantScheme
 
 METHOD = "lowbit"
+_ALIGNMENT = 64
 _RELEASED_AT_ONCE = 2**27
 """Bytes of a checkpoint that may be resident beside the kernels' layouts made from them."""
 _DTYPES = {
@@ -186,6 +187,7 @@ class LowbitQuantizer(HfQuantizer):
                 pages.release(read)
                 read = []
         pages.release(read)
+        _speed_up_dense_layers(model)
         return model
 
     def dequantize_layer(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor:
@@ -284,6 +286,20 @@ def _resolve(
 def quant_layers(model: nn.Module) -> list[QuantLinear]:
     """Every packed layer of a model."""
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def _speed_up_dense_layers(model: PreTrainedModel) -> None:
+    """Large dense layers on a CPU: their weights moved to where a vector starts, a row multiplied faster.
+
+    In a mapped file tensors start anywhere, and each load of 64 bytes would touch two cache lines.
+    """
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer.weight.numel() >= DenseLinear.MIN_WEIGHTS:
+            if layer.weight.device.type == "cpu" and layer.weight.data_ptr() % _ALIGNMENT:
+                mapped = layer.weight.data
+                layer.weight.data = mapped.clone()  # the same parameter, so that a tied one stays tied
+                pages.release([mapped])
+            model.set_submodule(name, DenseLinear.of(layer))
 
 
 class enable:
