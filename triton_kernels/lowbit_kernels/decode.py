@@ -97,7 +97,7 @@ def decode_kernel(
         last = tl.where(start < end, last, first)
         position = start + tl.arange(0, BM)
         x_mask = (position < end)[None, :]
-        row = tl.load(order + position, mask=position < end, other=0)
+        row = tl.load(order + position, mask=position < end, other=0).to(tl.int64)
     else:
         x_mask = (row < M)[None, :]
 

@@ -85,5 +85,6 @@ def grouped_dequant_matmul(
         tile = tiles.choose("decode", target(x.device).arch, bits, x.dtype, rows_of_expert)
         ranges, order = tile_rows(experts, len(codes), tile.rows)
         rows = x if x.stride(-1) == 1 else x.contiguous()
-        decode(rows, codes, scale_zero, None, y, constants, ranges, order, tile)
+        with torch.cuda.device_of(x):
+            decode(rows, codes, scale_zero, None, y, constants, ranges, order, tile)
     return y

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +19,6 @@ DECODE_ROWS = 32
 PREFILL_ROWS = 1024
 """Above this, expanding the weight costs less than a tenth of multiplying by it."""
 
-_PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as fit, with three stages of a decode tile in shared memory
 _BAND = 8
 _REDUCE_BLOCK = 256
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -78,10 +76,16 @@ def grid_constants(bits: int, group_size: int, in_features: int, scale_dtype: to
     }
 
 
-def split(blocks: int, programs: int, multiprocessors: int) -> tuple[int, int]:
-    """`(parts, blocks per part)` of K that bring `programs` up to what the device runs at once."""
-    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))
-    per_part = -(-blocks // min(wanted, blocks))
+def split(blocks: int, programs: int, tile: Tiles, multiprocessors: int, most: int) -> tuple[int, int]:
+    """`(parts, blocks per part)` of K.
+
+    As many parts as bring `programs` up to what the device holds at once, but no more than `most` beyond
+    what keeps every multiprocessor busy, and two blocks to a part, so that one loads while one is used.
+    """
+    fill = -(-tile.programs * multiprocessors // programs)
+    busy = -(-multiprocessors // programs)
+    parts = max(1, min(fill, max(busy, most), blocks // 2))
+    per_part = -(-blocks // parts)
     return -(-blocks // per_part), per_part
 
 
@@ -129,7 +133,8 @@ def dequant_matmul(
     y = x.new_empty(len(rows), out_features)
     if y.numel():
         launch = decode if len(rows) <= DECODE_ROWS else prefill
-        launch(rows, codes, scale_zero, bias, y, constants)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            launch(rows, codes, scale_zero, bias, y, constants)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -157,8 +162,10 @@ def decode(
     (num_rows, in_features), out_features = x.shape, y.shape[1]
     row_tiles = -(-num_rows // tile.rows) if experts is None else len(experts)
     feature_tiles = -(-out_features // tile.features)
-    blocks = -(-in_features // constants["BK"])
-    parts, per_part = split(blocks, feature_tiles * row_tiles, device.multiprocessors)
+    blocks = codes.shape[-3]
+    # Parts are written and read, 8 bytes an element: at most a quarter of the bytes of the weights.
+    most = in_features * constants["BITS"] // (256 * num_rows)
+    parts, per_part = split(blocks, feature_tiles * row_tiles, tile, device.multiprocessors, most)
     out = y if parts == 1 else y.new_empty(parts, num_rows, out_features, dtype=torch.float32)
     num_tiles, num_groups = scale_zero.shape[-3:-1]
     grid = (feature_tiles, row_tiles, parts)
@@ -170,9 +177,15 @@ def decode(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
-        reduce_kernel[(triton.cdiv(y.numel(), _REDUCE_BLOCK),)](
-            out, bias, y, parts, y.numel(), out_features, BLOCK=_REDUCE_BLOCK, BIAS=bias is not None
-        )
+        reduce(out, bias, y)
+
+
+def reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """`y = parts.sum(0) + bias`, in order."""
+    grid = (-(-y.numel() // _REDUCE_BLOCK),)
+    reduce_kernel[grid](
+        parts, bias, y, len(parts), y.numel(), y.shape[1], BLOCK=_REDUCE_BLOCK, BIAS=bias is not None
+    )
 
 
 def prefill(
@@ -182,14 +195,19 @@ def prefill(
     device = target(x.device)
     tile = choose("prefill", device.arch, constants["BITS"], x.dtype, len(x))
     (num_rows, in_features), out_features = x.shape, y.shape[1]
-    words = codes.shape[-1]
-    prefill_kernel[(-(-num_rows // tile.rows) * -(-out_features // tile.features),)](
-        x, codes, scale_zero, bias, y,
-        num_rows, out_features, in_features, x.stride(0), scale_zero.shape[-2],
-        **constants, BM=tile.rows, BN=tile.features, STEP=min(tile.step, words), BAND=_BAND,
-        EVEN_K=in_features % constants["BK"] == 0, BIAS=bias is not None, ASM=device.ptx,
+    tiled = -(-num_rows // tile.rows) * -(-out_features // tile.features)
+    parts, per_part = split(codes.shape[-3], tiled, tile, device.multiprocessors, most=1)
+    out = y if parts == 1 else y.new_empty(parts, num_rows, out_features, dtype=torch.float32)
+    grid = (tiled, parts)
+    prefill_kernel[grid](
+        x, codes, scale_zero, bias, out,
+        num_rows, out_features, in_features, x.stride(0), scale_zero.shape[-2], per_part,
+        **constants, BM=tile.rows, BN=tile.features, STEP=min(tile.step, codes.shape[-1]), BAND=_BAND,
+        EVEN_K=in_features % constants["BK"] == 0, SPLIT=parts > 1, BIAS=bias is not None, ASM=device.ptx,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if parts > 1:
+        reduce(out, bias, y)
 
 
 def dequantize(
@@ -207,8 +225,10 @@ def dequantize(
     constants = grid_constants(bits, group_size, in_features, scale_dtype)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
     check(weight, codes, constants, in_features, out_features)
-    dequantize_kernel[tuple(codes.shape[-4:-2])](
-        codes, scale_zero, weight, out_features, in_features, scale_zero.shape[-2],
-        **constants, ASM=target(codes.device).ptx,
-    )  # fmt: skip
+    grid = (codes.shape[-4], codes.shape[-3])
+    with torch.cuda.device_of(codes):
+        dequantize_kernel[grid](
+            codes, scale_zero, weight, out_features, in_features, scale_zero.shape[-2],
+            **constants, ASM=target(codes.device).ptx,
+        )  # fmt: skip
     return weight

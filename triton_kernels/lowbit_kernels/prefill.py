@@ -54,14 +54,14 @@ def multiply8(acc, words, x, x_mask, column, K, groups, GROUPS: tl.constexpr, R:
     return tl.dot(w1 * scale_of(g1, SCALE).to(DTYPE), x1, acc)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "blocks_per_part"])
 def prefill_kernel(
-    x, codes, scale_zero, bias, out, M, N, K, x_stride, num_groups,
+    x, codes, scale_zero, bias, out, M, N, K, x_stride, num_groups, blocks_per_part,
     BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
-    EVEN_K: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y `[M, N]` a program; `row_tile` runs fastest within a band."""
+    """Program (tile of y, part of K); row tiles run fastest within a band; `out` as in `decode_kernel`."""
     R: tl.constexpr = BK * BITS // 16
     STEPS: tl.constexpr = R // STEP
     program, feature_tiles, row_tiles = tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM)
@@ -80,7 +80,10 @@ def prefill_kernel(
     group_pointers = scale_zero + row_offsets(tile, num_groups, BN, 1)
 
     acc = tl.zeros((BN, BM), tl.float32)
-    for step in range(blocks * STEPS):
+    part = tl.program_id(1)
+    first = part * blocks_per_part
+    last = tl.minimum(first + blocks_per_part, blocks)
+    for step in range(first * STEPS, last * STEPS):
         block, start = step // STEPS, step % STEPS * STEP
         words = tl.load(code_pointers + (block * (ROW_TILE * R) + start))
         column = block * BK + start
@@ -95,7 +98,9 @@ def prefill_kernel(
             acc = multiply8(acc, words, x_pointers + column, x_mask, column + step_column[:, None], K, groups,
                             GROUPS, R, EVEN_K, SCALE, ASM)  # fmt: skip
 
-    if BIAS:
+    if BIAS and not SPLIT:
         acc += tl.load(bias + feature, mask=feature < N, other=0.0).to(tl.float32)[:, None]
+    if SPLIT:
+        out += part.to(tl.int64) * M * N
     y = out + row[None, :].to(tl.int64) * N + feature[:, None]
     tl.store(y, acc.to(out.dtype.element_ty), mask=x_mask & (feature < N)[:, None])

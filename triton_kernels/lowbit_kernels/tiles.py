@@ -16,13 +16,23 @@ import torch
 
 
 class Tiles(NamedTuple):
-    """One entry: rows of x and output features of a tile, words of a step (prefill), warps, stages."""
+    """One entry.
+
+    Attributes:
+        rows: Of x, in a tile.
+        features: Of the output, in a tile.
+        step: Words of a row that prefill takes at a time.
+        warps: Of a program.
+        stages: Tiles of weights in shared memory at a time.
+        programs: That fit on a multiprocessor together; K is split until there are as many.
+    """
 
     rows: int
     features: int
     step: int
     warps: int
     stages: int
+    programs: int
 
 
 # Architectures without an entry of their own take the one of the same shared memory and instructions.

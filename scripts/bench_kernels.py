@@ -1,0 +1,202 @@
+"""Time the kernels on a GPU, after checking them on it.
+
+    python scripts/bench_kernels.py --out bench-kernels
+
+First every kernel runs against its naive twin; one wrong result ends the run, since the speed of a wrong
+answer means nothing. Then the linear shapes of three models, from 1 to 4096 rows: microseconds (the median of
+graph replays, with weights in rotation so that they come from memory and not from L2), TFLOP/s, GB/s of
+packed weights, the fraction of the copy bandwidth measured in the same run, and how many times faster than
+`torch.matmul` with a dense weight.
+Writes `kernels.csv` and, where matplotlib is installed, `kernels.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels import dequant_matmul, reference, to_layout, unsupported
+
+SHAPES = {
+    "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    "Llama-3-70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "Qwen3-32B": [(10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)],
+}
+"""`(out, in)` of the fused query-key-value, output, fused gate-up and down projections."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+L2_BYTES = 256 * 2**20  # more than any GPU's, so that a rotation evicts
+GROUP_SIZE = 128
+TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+class Packed(NamedTuple):
+    """A weight in both layouts."""
+
+    canonical: tuple[Tensor, Tensor, Tensor]
+    layout: tuple[Tensor, Tensor]
+    bits: int
+    out_features: int
+    scale_dtype: torch.dtype
+
+    def multiply(self, x: Tensor, layout: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return dequant_matmul(
+            x,
+            *(layout or self.layout),
+            bits=self.bits,
+            group_size=GROUP_SIZE,
+            out_features=self.out_features,
+            scale_dtype=self.scale_dtype,
+        )
+
+
+def make_weight(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Packed:
+    """Random codes, scales of both signs, and zeros, on the GPU."""
+    words, groups = in_features * bits // 32, in_features // GROUP_SIZE
+    packed = torch.randint(-(2**31), 2**31, (out_features, words), dtype=torch.int32, device="cuda")
+    scales = ((torch.rand(out_features, groups, device="cuda") - 0.5) * 0.02).to(dtype)
+    zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
+    layout = to_layout(packed, scales, zeros, bits=bits, group_size=GROUP_SIZE, in_features=in_features)
+    return Packed((packed, scales, zeros), tuple(layout), bits, out_features, dtype)
+
+
+def wrong(bits: int, dtype: torch.dtype) -> list[str]:
+    """Every kernel against the naive twin: what differs by more than rounding."""
+    found = []
+    for rows, (out, columns) in itertools.product((1, 5, 16, 32, 33, 100, 1500), ((320, 1024), (1000, 2176))):
+        weight = make_weight(out, columns, bits, dtype)
+        x = torch.randn(rows, columns, device="cuda").to(dtype)
+        expected = reference.dequant_matmul(x, *weight.canonical, bits=bits, group_size=GROUP_SIZE)
+        y = weight.multiply(x)
+        error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
+        if not error <= TOLERANCE[dtype]:
+            found.append(f"W{bits} {dtype} x[{rows}, {columns}] out {out}: error {error:.2e}")
+        if not torch.equal(y, weight.multiply(x)):
+            found.append(f"W{bits} {dtype} x[{rows}, {columns}] out {out}: two runs differ")
+    return found
+
+
+def microseconds(calls: list[Any], repeats: int = 40) -> float:
+    """Median time of one call, `calls` in turn, by events around each."""
+    for call in calls[:3] * 2:
+        call()
+    times = []
+    for call in itertools.islice(itertools.cycle(calls), repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return float(torch.tensor([start.elapsed_time(end) for start, end in times]).median()) * 1000
+
+
+def graphed(call: Any) -> Any:
+    """`call` as a CUDA graph: what serving engines replay, without Python's part of the launch."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / microseconds([lambda: target.copy_(source)]) * 1e6
+
+
+def measure(
+    model: str, out: int, columns: int, bits: int, dtype: torch.dtype, bandwidth: float
+) -> list[dict[str, Any]]:
+    """One row a height."""
+    weight = make_weight(out, columns, bits, dtype)
+    size = sum(t.numel() * t.element_size() for t in weight.layout)
+    copies = [tuple(t.clone() for t in weight.layout) for _ in range(min(8, max(2, L2_BYTES // size + 1)))]
+    dense = [torch.randn(out, columns, device="cuda").to(dtype) for _ in range(2)]
+    found = []
+    for rows in ROWS:
+        x = torch.randn(rows, columns, device="cuda").to(dtype)
+        ours = microseconds([graphed(partial(weight.multiply, x, c)) for c in copies])
+        theirs = microseconds([graphed(partial(torch.nn.functional.linear, x, w)) for w in dense])
+        found.append(
+            {
+                "model": model, "out": out, "in": columns, "bits": bits, "dtype": str(dtype)[6:],
+                "rows": rows, "us": round(ours, 2), "torch_us": round(theirs, 2),
+                "speedup": round(theirs / ours, 3),
+                "tflops": round(2e-6 * rows * out * columns / ours, 1), "gb_s": round(size / ours / 1e3, 1),
+                "of_copy": round(size / ours * 1e6 / bandwidth, 3),
+            }
+        )  # fmt: skip
+        print(*found[-1].values(), sep="\t", flush=True)
+    return found
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up over dense against rows, one line a shape."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    settings = sorted({(row["bits"], row["dtype"]) for row in rows})
+    figure, axes = plt.subplots(1, len(settings), figsize=(6 * len(settings), 5), sharey=True, squeeze=False)
+    for axis, (bits, dtype) in zip(axes[0], settings, strict=True):
+        chosen = [row for row in rows if (row["bits"], row["dtype"]) == (bits, dtype)]
+        for shape in sorted({(row["model"], row["out"], row["in"]) for row in chosen}):
+            points = [row for row in chosen if (row["model"], row["out"], row["in"]) == shape]
+            label = "{} {}x{}".format(*shape)
+            axis.plot([p["rows"] for p in points], [p["speedup"] for p in points], marker=".", label=label)
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set(xscale="log", xlabel="rows", ylabel="times torch.matmul", title=f"W{bits} {dtype}")
+    axes[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench-kernels"))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=[4, 8])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"]
+    )
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU: scripts/kernel_report.py counts without one")
+    settings = [(bits, getattr(torch, dtype)) for bits in arguments.bits for dtype in arguments.dtypes]
+    for bits, dtype in settings:
+        if reason := unsupported(bits, GROUP_SIZE, 4096, dtype, torch.device("cuda", 0)):
+            sys.exit(reason)
+        if faults := wrong(bits, dtype):
+            sys.exit("wrong results, nothing was timed:\n" + "\n".join(faults))
+    bandwidth = copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, copies {bandwidth / 1e9:.0f} GB/s; "
+        "every kernel agrees with its twin"
+    )
+    rows = []
+    for model in arguments.models:
+        for (out, columns), (bits, dtype) in itertools.product(SHAPES[model], settings):
+            rows += measure(model, out, columns, bits, dtype, bandwidth)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, arguments.out / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()
