@@ -1,4 +1,4 @@
-"""The command line: `lowbit quantize`, `lowbit eval`, `lowbit inspect`.
+"""The command line: `lowbit quantize`, `eval`, `inspect`, `generate`, `bench`.
 
 Every refusal is one line on stderr and exit code 2; a failed verification is exit code 1; Ctrl-C is
 130. Heavy imports wait until a command runs, so `--help` answers at once.
@@ -208,6 +208,77 @@ def inspect(
         _print_json(dataclasses.asdict(result) | {"bits_per_weight": result.bits_per_weight()})
     else:
         show_inspection(_console(False), result)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "lowbit generate qwen3-8b-w4 --prompt 'Why is the sky blue?'\n\n"
+    "lowbit generate my-model-w4 --prompt 'def quicksort(' --raw --max-new-tokens 64"
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Precision: auto, bfloat16 or float32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with the weights packed, and say how fast it was."""
+    from lowbit import hf, speed
+    from lowbit.hardware import find_device
+
+    loaded = hf.load(model, dtype=dtype, device=find_device(device))
+    done = speed.generate(
+        loaded,
+        hf.load_tokenizer(model),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=not raw,
+        write=(lambda text: None) if as_json else (lambda text: print(text, end="", flush=True)),
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(done) | {"tokens_per_second": done.tokens_per_second})
+    else:
+        first = f"{done.prompt_tokens} in, first after {done.first_seconds:.2f} s"
+        _console(True).print(
+            f"[dim]{done.tokens_per_second:.1f} tokens/s, {done.new_tokens} tokens ({first})"
+        )
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B\n\nlowbit bench my-model-w4 --threads 1 --json"
+)
+def bench(
+    model: Model,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The original, measured after it.", show_default=False),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="CPU threads.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed, memory and energy, beside the original's."""
+    from lowbit import speed
+    from lowbit.terminal import show_speeds
+
+    names = [model, *([reference] if reference else [])]
+    found = speed.bench(
+        names, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, device=device
+    )
+    if as_json:
+        _print_json({name: dataclasses.asdict(one) for name, one in zip(names, found, strict=True)})
+    else:
+        show_speeds(_console(False), [Path(name).name for name in names], found)
 
 
 def _console(as_json: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -19,17 +19,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lowbit.blocks import Progress as Callback
+from lowbit.blocks import Progress as ProgressCallback
 from lowbit.evaluate import Result
 from lowbit.inspection import Inspection
 from lowbit.results import Report
+from lowbit.speed import Speed
 
 WORST = 5
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callback]:
+def progress_bar(console: Console) -> Iterator[ProgressCallback]:
     """A bar with step, ETA and what is going on; plain lines now and then where there is no terminal."""
     if not console.is_terminal:
         yield _plain_lines(console)
@@ -54,7 +55,7 @@ def progress_bar(console: Console) -> Iterator[Callback]:
         yield show
 
 
-def _plain_lines(console: Console) -> Callback:
+def _plain_lines(console: Console) -> ProgressCallback:
     last = time.monotonic()
 
     def show(stage: str, done: int, total: int, detail: str) -> None:
@@ -120,6 +121,29 @@ def show_result(console: Console, result: Result) -> None:
 def _with_error(value: float | None, error: float | None, digits: int) -> str:
     shown = f"{value:.{digits}f}"
     return shown if error is None else f"{shown} ± {error:.{digits}f}"
+
+
+def show_speeds(console: Console, names: list[str], speeds: list[Speed]) -> None:
+    """The result of `lowbit bench`, one column per model."""
+    table = Table("", *names, box=None)
+    rows: dict[str, Callable[[Speed], float]] = {
+        "decode, tokens/s": lambda speed: speed.decode,
+        "decode, tokens/CPU s": lambda speed: speed.decode_cpu,
+        "prefill, tokens/s": lambda speed: speed.prefill,
+        "prefill, tokens/CPU s": lambda speed: speed.prefill_cpu,
+        "weights, MB": lambda speed: speed.weight_bytes / 1e6,
+        "peak memory, MB": lambda speed: speed.peak_memory / 1e6,
+    }
+    for title, value in rows.items():
+        cells = [f"{value(speed):.1f}" for speed in speeds]
+        cells[:-1] = [
+            f"{c} ({value(s) / value(speeds[-1]):.2f}x)" for c, s in zip(cells, speeds[:-1], strict=False)
+        ]
+        table.add_row(title, *cells)
+    energy = [speed.joules_per_token for speed in speeds]
+    unknown = "no counter to read"
+    table.add_row("energy, J/token", *(unknown if joules is None else f"{joules:.2f}" for joules in energy))
+    console.print(table)
 
 
 def show_inspection(console: Console, inspection: Inspection) -> None:

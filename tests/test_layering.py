@@ -54,6 +54,7 @@ LEVELS = {
     "blocks": 8,
     "hf": 9,
     "evaluate": 10,
+    "speed": 10,
     "inspection": 10,
     "batches": 10,
     "verify": 10,
