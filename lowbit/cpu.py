@@ -35,8 +35,8 @@ from torch import Tensor
 from lowbit import packing
 from lowbit.quantized import QuantizedWeight
 
-MOST_ROWS = 24
-"""Up to here the four-bit kernel is used, above it dequantized tiles."""
+MOST_ROWS = 64
+"""Up to here the four-bit kernel is used, above it dequantized tiles; half of it at 8 bits."""
 
 _GROUPS = (256, 128, 64, 32)
 _MIDDLE = 8
@@ -141,7 +141,7 @@ def _scales_and_zeros(scales: Tensor, offsets: Tensor, planes: int) -> Tensor:
 def matmul(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int) -> Tensor:
     """`x [rows, in] @ weight.T` in the dtype of `x`, `[rows, out_features]`, contiguous."""
     planes = 2 * tiles.shape[1] // x.shape[1]
-    if x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS:
+    if x.dtype == torch.bfloat16 and planes * x.shape[0] <= MOST_ROWS:
         rows = torch.cat([x, x], 1) if planes == 2 else x.contiguous()
         group = rows.shape[1] // scales.shape[0]
         product: Tensor = _aten._weight_int4pack_mm_for_cpu(rows, tiles, group, scales)
@@ -171,18 +171,16 @@ def _dense(tiles: Tensor, scales: Tensor, planes: int, dtype: torch.dtype) -> Te
     """As `dense`, in memory of `_scratch`: the next call overwrites it."""
     rows, shape, side_dim = _block().rows, _block().shape, _block().side
     in_features, groups = 2 * tiles.shape[1] // planes, scales.shape[0] // planes
-    pairs = scales.unflatten(1, (-1, *shape)).unflatten(0, (planes, groups))
-    zeros = pairs[..., 1].float().sum(0)
-    if planes == 2:
-        zeros -= _MIDDLE * pairs[-1, ..., 0].float()
-    factors = pairs[-1, ..., 0].float()
+    pairs = scales.unflatten(1, (-1, *shape)).unflatten(0, (planes, groups)).float()
+    factors = pairs[-1, ..., 0].contiguous()
+    # Digits are not centred: `code * scale + (zero - middle * scale)` has no rounding error in float32.
+    zeros = pairs[..., 1].sum(0) - factors * (_MIDDLE if planes == 1 else 17 * _MIDDLE)
     octets = tiles.view(-1, planes, in_features, rows // 2)
     low, high = (_scratch.take(name, octets.shape, torch.uint8) for name in ("low", "high"))
     values = _scratch.take("values", (len(octets), in_features, rows // 2), torch.float32)
     weight = _scratch.take("weight", (groups, in_features // groups, len(octets), *shape), dtype)
-    halves = packing.nibbles(octets, (low, high))
-    for side, digits in enumerate(halves):
-        values.copy_(_centred(digits))
+    for side, digits in enumerate(packing.nibbles(octets, (low, high))):
+        values.copy_(digits[:, 0] if planes == 1 else digits[:, 0].mul_(16).add_(digits[:, 1]))
         grouped = values.unflatten(1, (groups, -1))
         factor, zero = (part.select(side_dim, side).transpose(0, 1).unsqueeze(2) for part in (factors, zeros))
         weight.select(side_dim, side).permute(2, 0, 1, 3).copy_(grouped.mul_(factor).add_(zero))
@@ -210,10 +208,3 @@ def _block() -> Block:
     found = block()
     assert found is not None, "fits() is False where the layout is unknown"
     return found
-
-
-def _centred(digits: Tensor) -> Tensor:
-    """Signed codes, int8 `[blocks, in, half]`, of the digits uint8 `[blocks, planes, in, half]`."""
-    if digits.shape[1] == 1:
-        return digits[:, 0].sub_(_MIDDLE).view(torch.int8)
-    return digits[:, 0].mul_(16).add_(digits[:, 1]).sub_(16 * _MIDDLE).view(torch.int8)

@@ -3,7 +3,7 @@
     python scripts/cpu_thresholds.py [--out-features 4864] [--in-features 896] [--group-size 128]
 
 Prints the four-bit kernel, dequantized tiles and a dense bfloat16 product, at 4 and at 8 bits, and the
-number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py`. The weights of several
+number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py`, half of it at 8 bits. The weights of several
 layers take turns, so that they come from memory as they do in a model.
 """
 
@@ -19,7 +19,7 @@ from lowbit import cpu
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 512)
 LAYERS = 8
 
 
@@ -51,7 +51,7 @@ def measure(shape: tuple[int, int], scheme: QuantScheme) -> int:
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).bfloat16()
         times = []
-        for limit in (rows, 0):
+        for limit in (2 * rows, 0):
             cpu.MOST_ROWS = limit
             times.append(cpu_milliseconds(lambda i, x=x: cpu.matmul(x, *tiled[i], shape[0])))
         times.append(cpu_milliseconds(lambda i, x=x: x @ dense[i].T))
