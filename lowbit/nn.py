@@ -24,8 +24,10 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """`x @ weight.T + bias` with a packed weight.
+
+    It is an `nn.Linear` so that what is put on linear layers (adapters) takes it for one.
 
     Args:
         name: Name of the module in the checkpoint, for messages.
@@ -51,7 +53,7 @@ class QuantLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without a dense weight
         self.name, self.out_features, self.in_features = name, out_features, in_features
         self.scheme, self.format_name, self.config = scheme, format_name, config
         self.suffixes = tuple(tensors)
@@ -59,7 +61,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
         device = next(iter(tensors.values())).device
         empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)  # type: ignore[assignment]
         self.dtype = dtype
         self._prepared: tuple[ops.Operand, Tensor | None] | None = None
         self.prepare()
@@ -105,7 +107,7 @@ class QuantLinear(nn.Module):
         return dense if order is None else dense[:, torch.argsort(order)]
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """Empty, of the layer's device and dtype: models ask a linear's weight for them.
 
         It says that it is initialized, because models fill weights that they don't find in a file.

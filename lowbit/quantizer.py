@@ -221,7 +221,7 @@ class LowbitQuantizer(HfQuantizer):
                     layer.in_features, layer.out_features, layer.bias is not None, device="meta"
                 )
                 linear.weight = nn.Parameter(layer.dense(dtype or layer.dtype), requires_grad=False)
-                linear.bias = layer.bias  # type: ignore[assignment]
+                linear.bias = layer.bias
                 model.set_submodule(name, linear)
         return model
 

@@ -34,6 +34,23 @@ def test_dequantize_gives_the_dense_model(checkpoint: Callable[..., Path]) -> No
     assert torch.equal(logits(model), logits(lowbit.load(folder, packed=False)))
 
 
+def test_an_adapter_on_top_can_be_trained(checkpoint: Callable[..., Path]) -> None:
+    """What LoRA does: wrap what is an `nn.Linear`, train two small matrices beside the frozen one."""
+    model = lowbit.load(checkpoint("llama", QuantScheme(4, 32)))
+    adapters = []
+    for block in model.model.layers:
+        layer = block.self_attn.q_proj
+        assert isinstance(layer, torch.nn.Linear)
+        down = torch.nn.Linear(layer.in_features, 2, bias=False, dtype=layer.weight.dtype)
+        up = torch.nn.Linear(2, layer.out_features, bias=False, dtype=layer.weight.dtype)
+        layer.register_forward_hook(lambda _, args, out, a=down, b=up: out + b(a(args[0])))
+        adapters.append(up)
+    ids = torch.arange(3, 23)[None]
+    model(ids, labels=ids).loss.backward()
+    assert all(up.weight.grad is not None and up.weight.grad.abs().sum() > 0 for up in adapters)
+    assert not any(p.grad is not None for layer in quant_layers(model) for p in layer.parameters())
+
+
 def test_weight_of_a_layer(checkpoint: Callable[..., Path]) -> None:
     layer = lowbit.load(checkpoint()).model.layers[0].mlp.up_proj
     assert isinstance(layer, QuantLinear)

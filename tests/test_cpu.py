@@ -1,0 +1,88 @@
+"""The CPU's own layout, and memory that is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import lowbit
+from lowbit import QuantScheme, cpu, pages
+from lowbit.quantizer import quant_layers
+from tests.formats.samples import random_weight
+from tests.packed import logits
+
+
+def test_the_block_of_this_machine_is_known() -> None:
+    assert cpu.block() is not None, (
+        "a layout that cpu.Block does not describe: packed weights run slowly here"
+    )
+
+
+def test_kernel_and_tiles_agree_at_the_threshold() -> None:
+    for scheme in (QuantScheme(4, 32), QuantScheme(4, 32, False), QuantScheme(8, 64, False)):
+        weight = random_weight(scheme, (96, 192), torch.bfloat16)
+        tiled = cpu.tile(weight)
+        x = torch.randn(cpu.MOST_ROWS + 1, 192).bfloat16()
+        many = cpu.matmul(x, *tiled, 96)
+        few = torch.cat([cpu.matmul(part, *tiled, 96) for part in x.split(8)])
+        mass = x.double().abs() @ weight.dequantize(torch.float64).abs().T
+        assert ((many.double() - few.double()).abs() / mass).max() < 2**-7
+
+
+def test_what_is_kept_between_calls_is_not_handed_out() -> None:
+    """A later call must not overwrite an earlier result."""
+    weight = random_weight(QuantScheme(4, 32), (96, 192), torch.bfloat16)
+    tiled = cpu.tile(weight)
+    x = torch.randn(80, 192).bfloat16()
+    first = cpu.matmul(x, *tiled, 96)
+    copy = first.clone()
+    cpu.matmul(-x, *tiled, 96)
+    assert torch.equal(first, copy)
+    dense = cpu.dense(*tiled, 4, torch.float32)
+    copy = dense.clone()
+    cpu.dense(tiled[0].flip(0), tiled[1], 4, torch.float32)
+    assert torch.equal(dense, copy)
+
+
+def resident(needle: str) -> int:
+    """Kilobytes in memory of the mapped file whose path holds `needle`."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.partition(" ")[0].endswith(":"):
+            inside = needle in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_pages_are_given_back_and_read_again(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "weights.safetensors"
+    values = torch.arange(2**20, dtype=torch.int32)
+    save_file({"a": values}, file)
+    with safe_open(file, framework="pt") as opened:
+        mapped = opened.get_slice("a")[...]
+    assert int(mapped.sum()) == int(values.sum())
+    if not resident(file.name):
+        pytest.skip("this safetensors does not map files")
+    assert pages.release([mapped]) >= 4 * 2**20 - 2 * 4096
+    assert resident(file.name) < 64
+    assert torch.equal(mapped, values)
+    mapped[5] = -1  # now it differs from the file, and must stay
+    assert pages.release([mapped, values]) == 0
+    assert mapped[5] == -1
+
+
+def test_released_weights_are_saved_whole(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama", QuantScheme(4, 32))
+    model = lowbit.load(folder)
+    logits(model)
+    pages.release(tensor for layer in quant_layers(model) for tensor in layer.tensors().values())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
