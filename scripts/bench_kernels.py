@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_kernels import dequant_matmul, reference, to_layout, unsupported
+from lowbit_kernels import Layout, dequant_matmul, reference, to_layout, unsupported
 
 SHAPES = {
     "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
@@ -42,12 +42,12 @@ class Packed(NamedTuple):
     """A weight in both layouts."""
 
     canonical: tuple[Tensor, Tensor, Tensor]
-    layout: tuple[Tensor, Tensor]
+    layout: Layout
     bits: int
     out_features: int
     scale_dtype: torch.dtype
 
-    def multiply(self, x: Tensor, layout: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def multiply(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         return dequant_matmul(
             x,
             *(layout or self.layout),
@@ -65,7 +65,7 @@ def make_weight(out_features: int, in_features: int, bits: int, dtype: torch.dty
     scales = ((torch.rand(out_features, groups, device="cuda") - 0.5) * 0.02).to(dtype)
     zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
     layout = to_layout(packed, scales, zeros, bits=bits, group_size=GROUP_SIZE, in_features=in_features)
-    return Packed((packed, scales, zeros), tuple(layout), bits, out_features, dtype)
+    return Packed((packed, scales, zeros), layout, bits, out_features, dtype)
 
 
 def wrong(bits: int, dtype: torch.dtype) -> list[str]:
@@ -122,7 +122,9 @@ def measure(
     """One row a height."""
     weight = make_weight(out, columns, bits, dtype)
     size = sum(t.numel() * t.element_size() for t in weight.layout)
-    copies = [tuple(t.clone() for t in weight.layout) for _ in range(min(8, max(2, L2_BYTES // size + 1)))]
+    copies = [
+        Layout(*(t.clone() for t in weight.layout)) for _ in range(min(8, max(2, L2_BYTES // size + 1)))
+    ]
     dense = [torch.randn(out, columns, device="cuda").to(dtype) for _ in range(2)]
     found = []
     for rows in ROWS:

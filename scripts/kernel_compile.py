@@ -77,7 +77,9 @@ def compile_case(case: Case, arch: str, tile: Tiles | None = None, **changes: bo
     bias, no experts, and no column beyond the last block.
     """
     tile = tile or case.tile(arch)
-    kernel = {"decode": decode_kernel, "prefill": prefill_kernel, "dequantize": dequantize_kernel}[case.kernel]
+    kernel = {"decode": decode_kernel, "prefill": prefill_kernel, "dequantize": dequantize_kernel}[
+        case.kernel
+    ]
     constants = grid_constants(case.bits, case.group_size, 4096, case.dtype) | {
         "BM": tile.rows, "BN": tile.features, "STEP": tile.step, "BAND": 8, "EVEN_K": True,
         "SPLIT": case.kernel == "decode", "BIAS": False, "EXPERTS": False, "ASM": arch.startswith("sm_"),

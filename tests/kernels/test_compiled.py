@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_compile import Case, compile_case
 from torch import Tensor
 
 from lowbit_kernels import reference, to_layout
@@ -16,9 +15,6 @@ from lowbit_kernels.layout import Layout
 from lowbit_kernels.matmul import grid_constants
 from tests.kernels.ptx_emulator import OutOfBounds, launch
 from tests.kernels.weights import make_weight
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from kernel_compile import Case, compile_case
 
 OUT, COLUMNS = 128, 1024
 EACH = [(bits, dtype) for bits in (4, 8) for dtype in (torch.float16, torch.bfloat16)]
@@ -45,7 +41,10 @@ class Run:
         sizes = [self.rows, OUT, COLUMNS, COLUMNS]
         if self.case.kernel == "prefill":
             out = torch.full((1, self.rows, OUT), torch.nan, dtype=self.case.dtype)
-            grid, integers = (feature_tiles * row_tiles, 1, 1), [*sizes, scale_zero.shape[-2], codes.shape[-3]]
+            grid, integers = (
+                (feature_tiles * row_tiles, 1, 1),
+                [*sizes, scale_zero.shape[-2], codes.shape[-3]],
+            )
         else:
             out = torch.full((2, self.rows, OUT), torch.nan)
             blocks = COLUMNS // grid_constants(self.case.bits, 128, COLUMNS, self.case.dtype)["BK"]

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-from kernel_compile import NVIDIA, Case, Static, analyse, compile_case
+from kernel_compile import NVIDIA, Case, Instruction, analyse, compile_case, exposed_loads, main_loop
 from kernel_report import AMD, broken_promises
 
 from lowbit_kernels.tiles import Tiles, choose, table
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_shipped_decode_kernel_keeps_its_promises() -> None:
@@ -68,8 +67,7 @@ def test_a_gpu_like_another_takes_its_entries() -> None:
 
 
 def test_counting() -> None:
-    """A loop of ten instructions, one of them a conversion, written by hand."""
-    from kernel_compile import Instruction, exposed_loads, main_loop
+    """A loop written by hand: one load is used in the same turn, the other in the next."""
 
     def instruction(address: int, name: str, operands: str = "") -> Instruction:
         return Instruction(address, name, operands, 1, False)
@@ -83,4 +81,3 @@ def test_counting() -> None:
     program = [instruction(0x10, "MOV", "R1, R2"), *loop, instruction(0x60, "BRA", "0x60")]
     assert main_loop(program) == loop
     assert exposed_loads(loop) == 1
-    assert Static.__dataclass_fields__.keys() >= {"per_weight", "spills"}

@@ -20,7 +20,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count].to(torch.uint8)
+    flat: Tensor = codes.flatten(-2)
+    return flat[..., :count].to(torch.uint8)
 
 
 def dequantize(
