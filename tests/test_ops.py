@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -167,3 +168,39 @@ def test_compiles_as_one_graph() -> None:
         for rows in (2, 5):
             x = torch.randn(rows, 128).bfloat16()
             assert torch.equal(compiled(x), forward(x))
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(8, 128, False)], ids=str)
+def test_gpu_layout_and_calls_fit_the_kernels(scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to see that the layout holds the weight and that the calls fit the signatures."""
+    kernels = pytest.importorskip("lowbit_kernels")
+    weight = random_weight(scheme, (96, 256), torch.bfloat16)
+    operand = ops._to_triton(weight)
+    sizes = {"bits": scheme.bits, "group_size": scheme.group_size, "in_features": 256}
+    packed, scales, zeros = kernels.from_layout(
+        operand.packed, operand.scales, **sizes, out_features=96, scale_dtype=torch.bfloat16
+    )
+    assert torch.equal(packed, ops.stream(weight).packed)
+    assert torch.equal(scales, weight.scales)
+    assert torch.equal(zeros, weight.zeros)
+    dense = weight.dequantize()
+
+    def dequant_matmul(*args: object, **kwargs: object) -> Tensor:
+        call = signatures["dequant_matmul"].bind(*args, **kwargs).arguments
+        assert call["out_features"] == 96
+        return torch.nn.functional.linear(call["x"].float(), dense, call["bias"])
+
+    def dequantize(*args: object, **kwargs: object) -> Tensor:
+        return dense.to(signatures["dequantize"].bind(*args, **kwargs).arguments["dtype"])
+
+    signatures = {
+        name: inspect.signature(getattr(kernels, name)) for name in ("dequant_matmul", "dequantize")
+    }
+    monkeypatch.setattr(kernels, "dequant_matmul", dequant_matmul)
+    monkeypatch.setattr(kernels, "dequantize", dequantize)
+    tensors, rest = operand.fields()
+    x = torch.randn(3, 256)
+    assert torch.equal(ops._matmul_on_cuda(x, None, *tensors, **rest), torch.nn.functional.linear(x, dense))
+    assert torch.equal(ops.dequantize(operand, torch.float32), dense)
+    with pytest.raises(LowbitError, match="layout 'triton' can't be used on cpu"):
+        ops.matmul(x, operand)
