@@ -3,7 +3,7 @@
 A checkpoint is mapped, not read: its tensors take memory only where they are touched. Once a kernel's
 layout is made from a packed weight, nothing reads the original again until it is saved, but the system
 keeps its pages as long as nobody else asks for memory. `release` says that they can go. What they held
-is in the file; touching them again reads it back.
+is in the file; touching them again reads it back. `trim` returns the memory of temporaries.
 
 Only mappings of safetensors files are released to which nobody has written, as the kernel's own account
 of them says. Everything else, and every system but Linux, is left alone.
@@ -40,6 +40,13 @@ def release(tensors: Iterable[Tensor]) -> int:
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
             released += last - first
     return released
+
+
+def trim() -> None:
+    """Give back what the C library keeps of freed memory, where it is glibc."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _untouched_files() -> list[tuple[int, int]]:

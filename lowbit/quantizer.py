@@ -188,6 +188,7 @@ class LowbitQuantizer(HfQuantizer):
                 read = []
         pages.release(read)
         _speed_up_dense_layers(model)
+        pages.trim()
         return model
 
     def dequantize_layer(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor:
