@@ -55,9 +55,7 @@ def test_stays_packed_and_saves_what_it_read(
     model = lowbit.load(folder)
     layers = quant_layers(model)
     assert len(layers) == len({name for name in load_file(folder / "model.safetensors") if "scale" in name})
-    assert not any(
-        type(module) is nn.Linear for name, module in model.named_modules() if "layers." in name
-    )
+    assert not any(type(module) is nn.Linear for name, module in model.named_modules() if "layers." in name)
     assert_same_model(model, lowbit.load(folder, packed=False))
     assert_saved_as_read(model, folder, tmp_path / "again")
     again = lowbit.load(tmp_path / "again")
