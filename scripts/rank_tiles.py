@@ -46,11 +46,13 @@ def is_clean(static: Static, arch: str) -> bool:
     return not any(waste) and static.shared + 1024 <= GPUS[arch].shared
 
 
-def merit(static: Static, kernel: str) -> tuple[float, float]:
+def merit(static: Static, kernel: str) -> tuple[float, float, float]:
     """Larger is better."""
+    instructions = -round(static.per_weight, 1)
     if kernel == "prefill":
-        return round(static.of_peak, 2), -static.per_weight
-    return round(min(static.headroom / HEADROOM, static.in_flight / IN_FLIGHT, 1.0), 2), -static.per_weight
+        return round(static.of_peak, 2), instructions, static.in_flight
+    enough = min(static.headroom / HEADROOM, static.in_flight / IN_FLIGHT, 1.0)
+    return round(enough, 2), instructions, static.headroom
 
 
 def best(case: Case, arch: str) -> tuple[Tiles, Static]:
