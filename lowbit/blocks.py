@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit import topology
 from lowbit.algorithms import ALGORITHMS, REWRITES
 from lowbit.calibration import Group, exact_products, find_groups, observe
+from lowbit.hardware import trim_memory
 from lowbit.plan import Plan
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
@@ -84,6 +85,7 @@ class BlockQuantizer:
             self.source.load(self.source.keys_under([self._path(number)]), self.device)
             yield self._quantize(number)
             free(block)
+            trim_memory()
 
     def _path(self, number: int) -> str:
         return f"{self.plan.path}.{number}"
@@ -110,7 +112,7 @@ class BlockQuantizer:
             weights=_on_disk(self.source, quantized),
             tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
             layers=layers,
-            fingerprints={m.module_name: fingerprint(m.weight) for m in quantized if m.kind != "Expert"},
+            fingerprints={m.module_name: fingerprint(w.dequantize()) for m, w in quantized.items()},
             notes=notes,
         )
 
@@ -216,7 +218,8 @@ def _relative_errors(
 def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     """Quantized weights under the names of the source's files; stacked experts are taken apart there."""
     by_parameter: dict[str, list[QuantizedWeight]] = {}
-    for matrix, weight in quantized.items():
+    # Experts in order: those that no token of the probe reached were quantized last.
+    for matrix, weight in sorted(quantized.items(), key=lambda item: item[0].index or 0):
         by_parameter.setdefault(matrix.name, []).append(weight)
 
     def renamed(field: str) -> dict[str, Tensor]:

@@ -241,6 +241,8 @@ def main() -> None:
         _fail("interrupted: nothing was left behind", 130)
     except LowbitError as error:
         _fail(str(error), 2)
+    except OSError as error:  # a full disk, a folder that may not be read
+        _fail(str(error), 2)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
             _fail(error.format_message(), error.exit_code)

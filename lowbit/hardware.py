@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import ctypes
 import sys
 
 import torch
@@ -20,9 +20,10 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise LowbitError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise LowbitError(f"--device {name} can't be used here ({reason}): use auto or cpu") from None
     return device
 
 
@@ -44,6 +45,22 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Every block leaves holes in the heap that the next one does not quite fit into: a third of a
+    gigabyte over the 24 blocks of a 0.5 B model, more on a deeper one.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
