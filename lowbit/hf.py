@@ -160,6 +160,9 @@ def packed_tensors(
 
 
 def _config(folder: str | Path) -> Any:
+    path = str(folder)
+    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise LowbitError(f"{folder} does not exist: give a folder or a hub id (org/name)")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

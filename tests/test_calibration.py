@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowbit import topology
-from lowbit.calibration import TILE, Moment, exact_products, find_groups, observe
+from lowbit.calibration import TILE, Moment, find_groups, observe
+from lowbit.hardware import bfloat16_products
 from tests.test_topology import LoadedBlock
 from tests.tiny import FAMILIES, VOCAB
 
@@ -59,15 +60,14 @@ def test_moment_of_nothing_is_zero() -> None:
     assert not Moment(8, torch.device("cpu")).mean().any()
 
 
-def test_float32_products_stay_float32() -> None:
-    """Only where inputs are bfloat16 may the matrix units round them."""
+def test_matrix_units_are_left_as_they_were() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with exact_products(torch.float32):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with exact_products(torch.bfloat16):
+    with bfloat16_products():
         pass
-    with pytest.raises(KeyError), exact_products(torch.bfloat16):
+    with pytest.raises(KeyError), bfloat16_products():
         raise KeyError
+    for dtype in (torch.float32, torch.bfloat16):
+        Moment(8, torch.device("cpu")).add(torch.ones(2, 8, dtype=dtype))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -26,7 +26,7 @@ from lowbit.formats import FORMATS
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Report
 from lowbit.scheme import QuantScheme
-from tests.tiny import FAMILIES, TEXT
+from tests.tiny import FAMILIES
 
 Folders = Callable[..., Path]
 MOE = ("mixtral", "qwen3_moe")
@@ -57,15 +57,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(TEXT * 3, encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
 def quantized(
-    tiny_model: Folders, tmp_path_factory: pytest.TempPathFactory, text_file: Path
+    tiny_model: Folders, tmp_path_factory: pytest.TempPathFactory, text_file: str
 ) -> Iterator[Callable[..., Run]]:
     made: dict[tuple[str, ...], Run] = {}
 
@@ -86,7 +79,7 @@ def quantized(
                 output=tmp_path_factory.mktemp("out") / "checkpoint",
                 method=method,
                 format=format_name,
-                dataset=str(text_file),
+                dataset=text_file,
                 samples=3,
                 seq_len=48,
             )
@@ -224,7 +217,7 @@ def test_every_rounded_weight_is_the_nearest_on_its_grid(
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in MOE])
 def test_awq_before_rounding_is_the_original(
-    tiny_model: Folders, text_file: Path, tmp_path: Path, family: str
+    tiny_model: Folders, text_file: str, tmp_path: Path, family: str
 ) -> None:
     """With rounding switched off, what AWQ writes is another way to write the same function."""
     scaled = 0
@@ -251,7 +244,7 @@ def test_awq_before_rounding_is_the_original(
             output=tmp_path / "out",
             method="awq",
             format="gptq",
-            dataset=str(text_file),
+            dataset=text_file,
             samples=2,
             seq_len=32,
         )

@@ -153,11 +153,11 @@ def test_the_head_gets_a_scheme_of_its_own(skeleton: Callable[..., PreTrainedMod
 
 
 def test_a_router_that_is_a_linear_layer_stays(skeleton: Callable[..., PreTrainedModel]) -> None:
-    """DeepSeek and others keep it as `nn.Linear`; four experts here, and a gate with one output."""
-    model = skeleton("mixtral")
+    """DeepSeek and others keep it as `nn.Linear`; here with 48 experts, and a gate with one output."""
+    model = skeleton("mixtral", num_local_experts=48)
     for layer in model.model.layers:
-        layer.mlp.gate = torch.nn.Linear(64, 4, bias=False, device="meta")
+        layer.mlp.gate = torch.nn.Linear(64, 48, bias=False, device="meta")
         layer.mlp.shared_gate = torch.nn.Linear(64, 1, bias=False, device="meta")
     plan = make_plan(model, W4, GPTQ)
-    assert plan.skipped["model.layers.2.mlp.gate"] == "a router or gate (4 outputs)"
+    assert plan.skipped["model.layers.2.mlp.gate"] == "a router or gate (48 outputs)"
     assert plan.skipped["model.layers.2.mlp.shared_gate"] == "a router or gate (1 outputs)"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -208,17 +207,6 @@ def test_buffers_outlive_free(tiny_model: Folders) -> None:
     buffers = dict(source.model.named_buffers())
     assert buffers
     assert not any(buffer.is_meta for buffer in buffers.values())
-
-
-def test_reading_leaves_the_file_free(tiny_model: Folders, tmp_path: Path) -> None:
-    """A tensor that was read has memory of its own: the file may go."""
-    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
-    source = Source(folder, torch.bfloat16)
-    tensor = source.read("model.norm.weight")
-    with safe_open(folder / "model.safetensors", "pt") as opened:
-        expected = opened.get_tensor("model.norm.weight").clone()
-    (folder / "model.safetensors").write_bytes(b"")
-    assert torch.equal(tensor, expected)
 
 
 def test_an_old_bin_checkpoint(tiny_model: Folders, tmp_path: Path) -> None:
