@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit import topology
+from lowbit import pages, topology
 from lowbit.algorithms import ALGORITHMS, REWRITES
-from lowbit.calibration import Group, exact_products, find_groups, observe
+from lowbit.calibration import Group, find_groups, observe
+from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
@@ -84,6 +85,7 @@ class BlockQuantizer:
             self.source.load(self.source.keys_under([self._path(number)]), self.device)
             yield self._quantize(number)
             free(block)
+            pages.trim()
 
     def _path(self, number: int) -> str:
         return f"{self.plan.path}.{number}"
@@ -99,7 +101,9 @@ class BlockQuantizer:
         notes = _align_skips(self.plan, groups)
         if self._calibrated:
             self._observe(number, groups)
-        rewritten = self.method in REWRITES and self._rewrite(number, groups)
+        rewritten = self.method in REWRITES
+        if rewritten:
+            notes += self._rewrite(number, groups)
         quantized, layers = self._round(number, groups)
         for matrix in matrices:
             if matrix not in quantized:
@@ -110,7 +114,7 @@ class BlockQuantizer:
             weights=_on_disk(self.source, quantized),
             tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
             layers=layers,
-            fingerprints={m.module_name: fingerprint(m.weight) for m in quantized if m.kind != "Expert"},
+            fingerprints={m.module_name: fingerprint(w.dequantize()) for m, w in quantized.items()},
             notes=notes,
         )
 
@@ -120,8 +124,8 @@ class BlockQuantizer:
                 self.stream.run(number, batch)
                 self._tell(number, "observing", 1)
 
-    def _rewrite(self, number: int, groups: Sequence[Group]) -> bool:
-        """Fold channel scales into the block where that pays; the Hessians follow."""
+    def _rewrite(self, number: int, groups: Sequence[Group]) -> list[str]:
+        """Fold channel scales into the block where that pays; the Hessians follow. Notes what can't be."""
         wanted = {g.matrices[0]: g for g in groups if self._members(g)}
         readers = [(g.matrices, g.others) for g in wanted.values()]
         folds = topology.find_folds(
@@ -136,7 +140,14 @@ class BlockQuantizer:
             if scales is not None:
                 fold.apply(scales)
                 group.moment.rescale(scales)
-        return bool(folds)
+            del hessian
+            pages.trim()
+        folded = {fold.consumers[0] for fold in folds}
+        return [
+            f"{matrix.module_name}: nothing before it can take channel scales; clipped and rounded only"
+            for matrix in wanted
+            if matrix not in folded
+        ]
 
     def _members(self, group: Group) -> list[Matrix]:
         return [matrix for matrix in group.matrices if matrix.module_name not in self.plan.skipped]
@@ -154,7 +165,7 @@ class BlockQuantizer:
                 matrix.weight.copy_(weight.dequantize(torch.bfloat16))
                 where = layer.name.removeprefix(f"{self._path(number)}.")
                 self._tell(number, f"{where} error {layer.error:.2e}")
-            group.moment.release()
+            pages.trim()
         return quantized, layers
 
     def _round_group(
@@ -164,6 +175,7 @@ class BlockQuantizer:
         if not members:
             return
         hessian = group.moment.mean() if self._calibrated else None
+        group.moment.release()
         stacked = torch.cat([matrix.weight for matrix in members]).float()
         weight, note = ALGORITHMS[self.method].quantize_weight(
             stacked, hessian, self.plan.scheme, self.scale_dtype
@@ -206,7 +218,7 @@ def _relative_errors(
     if hessian is None or not torch.isfinite(hessian).all() or not hessian.any():
         lost, whole = difference.square().sum(1), original.square().sum(1)
     else:
-        with exact_products(torch.bfloat16):  # a report needs three digits, not seven
+        with bfloat16_products():  # a report needs three digits, not seven
             lost = (difference @ hessian).mul_(difference).sum(1)
             whole = (original @ hessian).mul_(original).sum(1)
     pairs = zip(lost.split(list(sizes)), whole.split(list(sizes)), strict=True)
@@ -216,7 +228,8 @@ def _relative_errors(
 def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     """Quantized weights under the names of the source's files; stacked experts are taken apart there."""
     by_parameter: dict[str, list[QuantizedWeight]] = {}
-    for matrix, weight in quantized.items():
+    # Experts in order: those that no token of the probe reached were quantized last.
+    for matrix, weight in sorted(quantized.items(), key=lambda item: item[0].index or 0):
         by_parameter.setdefault(matrix.name, []).append(weight)
 
     def renamed(field: str) -> dict[str, Tensor]:

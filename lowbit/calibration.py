@@ -13,13 +13,14 @@ not grow with the data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lowbit.hardware import bfloat16_products
 from lowbit.topology import Matrix
 
 TILE = 1024  # columns per product: only tiles on and right of the diagonal are computed
@@ -41,7 +42,8 @@ class Moment:
         """Take in activations `[..., in]` of any float dtype."""
         rows = x.detach().reshape(-1, x.shape[-1])
         self.tokens += len(rows)
-        with exact_products(rows.dtype):
+        exact = rows.dtype == torch.bfloat16
+        with bfloat16_products() if exact else nullcontext():
             rows = rows.float()
             for start in range(0, rows.shape[1], TILE):
                 tile = rows[:, start : start + TILE]
@@ -60,21 +62,6 @@ class Moment:
     def release(self) -> None:
         """Let the memory go; the moment can't be used any more."""
         self.total = self.total.new_empty(0)
-
-
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products use bfloat16 matrix units where `dtype`, that of the inputs, allows."""
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    saved = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = saved
 
 
 class Products(TorchFunctionMode):

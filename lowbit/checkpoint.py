@@ -1,7 +1,7 @@
 """A checkpoint written shard by shard, and put in its place in one step.
 
-Tensors are buffered until a shard is full, so memory holds one shard at most. Everything is written
-into a scratch folder beside the target; only a complete checkpoint is renamed to its final name, so
+Tensors go to disk as they come, so memory does not grow with the model. Everything is written into a
+scratch folder beside the target; only a complete checkpoint is renamed to its final name, so
 a crash or Ctrl-C leaves nothing behind and an existing checkpoint is replaced whole or not at all.
 """
 
@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.shard import Shard
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -38,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 class CheckpointWriter:
-    """Collects tensors into `model-0000i-of-0000n.safetensors` shards with an index.
+    """Writes tensors into `model-0000i-of-0000n.safetensors` shards with an index.
 
     Attributes:
         folder: Where the shards go.
@@ -50,43 +52,38 @@ class CheckpointWriter:
         self.folder = folder
         self.total_size = 0
         self._max_shard_size = max_shard_size
-        self._buffer: dict[str, Tensor] = {}
-        self._buffered = 0
-        self._shards: list[list[str]] = []
+        self._shards = [self._new_shard(0)]
+        self._names: set[str] = set()
+
+    def _new_shard(self, number: int) -> Shard:
+        return Shard(self.folder / f"part-{number}.safetensors")
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; writes a shard when the next tensor would overfill it.
+        """Write one tensor, to a new shard where it would overfill the current one.
 
         Raises:
             ValueError: the name was added before.
         """
-        if name in self._buffer or any(name in shard for shard in self._shards):
+        if name in self._names:
             raise ValueError(f"{name} was written twice")
-        size = tensor.numel() * tensor.element_size()
-        if self._buffer and self._buffered + size > self._max_shard_size:
-            self._flush()
-        self._buffer[name] = tensor.detach().to("cpu").contiguous()
-        self._buffered += size
-        self.total_size += size
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._buffer))
-        save_file(self._buffer, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._buffer, self._buffered = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number}.safetensors"
+        self._names.add(name)
+        shard = self._shards[-1]
+        if shard.size and shard.size + tensor.nbytes > self._max_shard_size:
+            shard.close()
+            shard = self._new_shard(len(self._shards))
+            self._shards.append(shard)
+        shard.add(name, tensor)
+        self.total_size += tensor.nbytes
 
     def finish(self, config: Mapping[str, Any], sidecars: list[Path]) -> None:
-        """Write what is buffered, the index, `config.json`, and copies of the source's other files."""
-        if self._buffer:
-            self._flush()
+        """Close the last shard; write the index, `config.json`, and copies of the source's other files."""
+        self._shards[-1].close()
         count = len(self._shards)
         weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
+        for number, shard in enumerate(self._shards, start=1):
             name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            self._part(number).rename(self.folder / name)
-            weight_map.update(dict.fromkeys(names, name))
+            shard.path.rename(self.folder / name)
+            weight_map.update(dict.fromkeys(shard.names, name))
         if count > 1:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
@@ -139,10 +136,12 @@ def check_target(output: Path, source: str, overwrite: bool) -> None:
     """Refuse an output that would overwrite something.
 
     Raises:
-        LowbitError: `output` exists and is not empty (or is not a checkpoint), or is the source itself.
+        LowbitError: `output` exists and is not empty (or is not a checkpoint), or holds the source.
     """
-    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
-        raise LowbitError(f"--output {output} is the model itself: choose another folder")
+    origin = Path(source).expanduser().resolve()
+    if source and origin.exists() and (origin == output or output in origin.parents):
+        holds = "is" if origin == output else f"holds {source},"
+        raise LowbitError(f"--output {output} {holds} the model itself: choose another folder")
     if output.is_file():
         raise LowbitError(f"--output {output} is a file: choose a folder")
     if output.is_dir() and any(output.iterdir()):
@@ -168,10 +167,40 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def scratch_beside(output: Path) -> Iterator[Path]:
+    """A folder next to `output` for the files of a run; after a failure no trace is left of it.
+
+    Raises:
+        LowbitError: it can't be made.
+    """
+    missing = [folder for folder in output.parents if not folder.exists()]
+    try:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent)
+        except OSError as error:
+            raise LowbitError(
+                f"--output {output} can't be written ({error.strerror}): choose another folder"
+            ) from None
+        with scratch as name:
+            yield Path(name)
+    except BaseException:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
 def put_in_place(finished: Path, output: Path) -> None:
     """Rename a finished folder to `output`; one that is there already is moved aside and removed."""
     aside = finished.with_name("replaced")
     if output.exists():
         output.rename(aside)
-    finished.rename(output)
+    try:
+        finished.rename(output)
+    except BaseException:  # Ctrl-C between the two renames too
+        if aside.exists():
+            aside.rename(output)
+        raise
     shutil.rmtree(aside, ignore_errors=True)

@@ -30,6 +30,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+
+
 class Method(str, Enum):
     """Rounding algorithms."""
 
@@ -173,14 +176,15 @@ def evaluate(
     """Measure perplexity, and what quantization changed: KL divergence and top-1 agreement."""
     from lowbit import hf
     from lowbit.evaluate import perplexity
-    from lowbit.hardware import find_device
+    from lowbit.hardware import find_device, find_dtype
     from lowbit.terminal import progress_bar, show_result
 
     console, where = _console(as_json), find_device(device)
+    precision = dtype if dtype == "auto" else find_dtype(dtype, where)
     with progress_bar(console) as progress:
-        original = hf.load(reference, False, dtype, where) if reference else None
+        original = hf.load(reference, packed=False, dtype=precision, device=where) if reference else None
         result = perplexity(
-            hf.load(model, False, dtype, where),
+            hf.load(model, packed=False, dtype=precision, device=where),
             dataset,
             hf.load_tokenizer(model),
             reference=original,
@@ -308,9 +312,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: nothing was left behind", 130)
+        _fail("interrupted: nothing was left behind", INTERRUPTED)
     except LowbitError as error:
+        _fail(str(error), 2)
+    except OSError as error:  # a full disk, a folder that may not be read
         _fail(str(error), 2)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
@@ -322,7 +330,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"lowbit: {message}", file=sys.stderr)
+    if message:  # empty where click has shown the help instead
+        print(f"lowbit: {message}", file=sys.stderr)
     sys.exit(code)
 
 

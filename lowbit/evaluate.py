@@ -105,6 +105,10 @@ def perplexity(
     Raises:
         LowbitError: the text, a model or its tokenizer can't be read, the text is shorter than one
             window, or what `compare` refuses.
+
+    >>> result = perplexity(checkpoint, text_file, reference=tiny_model, seq_len=64)
+    >>> result.perplexity > 1, 0 < result.kl < 0.5
+    (True, True)
     """
     if tokenizer is None:
         if isinstance(model, PreTrainedModel):

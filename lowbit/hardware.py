@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,9 +22,10 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise LowbitError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise LowbitError(f"--device {name} can't be used here ({reason}): use auto or cpu") from None
     return device
 
 
@@ -44,6 +47,29 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let the CPU multiply float32 matrices on its bfloat16 units, summing in float32.
+
+    Exact where the inputs are bfloat16 numbers already; good to three digits elsewhere. Without such
+    units nothing changes.
+    """
+    if not torch.backends.mkldnn.is_available():
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    saved = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = saved

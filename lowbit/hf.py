@@ -35,6 +35,7 @@ from lowbit.quiet import quiet
 
 def load(
     folder: str | Path,
+    *,
     packed: bool = True,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
@@ -93,12 +94,19 @@ def _load_dense(
                 skeleton = AutoModelForCausalLM.from_config(config)
             transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
             state = dict(dense_tensors(folder, fmt, quantization, transposed))
-            model = type(skeleton).from_pretrained(
-                None, config=config, state_dict=state, dtype=_resolve(config, dtype)
+            loaded = type(skeleton).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=_resolve(config, dtype),
+                output_loading_info=True,
             )
+        model = _complete(loaded, folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except LowbitError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval()  # type: ignore[no-any-return]
 
@@ -113,10 +121,19 @@ def load_stock(
     """
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    return model.eval().to(device)  # type: ignore[no-any-return]
+    return _complete(loaded, folder).eval().to(device)  # type: ignore[no-any-return]
+
+
+def _complete(loaded: Any, folder: str | Path) -> Any:
+    """The model of a `(model, loading info)`; transformers fills missing tensors in and says nothing."""
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LowbitError(f"{folder} lacks {len(missing)} tensors (first: {missing[0]}): get a complete copy")
+    return model
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -172,6 +189,9 @@ def _layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] 
 
 
 def _config(folder: str | Path) -> Any:
+    path = str(folder)
+    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise LowbitError(f"{folder} does not exist: give a folder or a hub id (org/name)")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

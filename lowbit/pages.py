@@ -43,7 +43,11 @@ def release(tensors: Iterable[Tensor]) -> int:
 
 
 def trim() -> None:
-    """Give back what the C library keeps of freed memory, where it is glibc."""
+    """Give back what the C library keeps of freed memory, where it is glibc.
+
+    Every block that is quantized leaves holes in the heap that the next one does not quite fit into:
+    a third of a gigabyte over the 24 blocks of a 0.5 B model, more on a deeper one.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -7,7 +7,6 @@ the end, after it was read back and compared.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -101,32 +100,23 @@ def quantize(
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
     started, cpu = time.monotonic(), time.process_time()
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
-    checkpoint.check_target(target, "" if isinstance(model, PreTrainedModel) else str(model), overwrite)
+    checkpoint.check_target(target, getattr(model, "name_or_path", str(model)), overwrite)
     shard_bytes = checkpoint.parse_size(max_shard_size)
     where = find_device(device)
-    new_folders = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch_name:
-            scratch = Path(scratch_name)
-            folder = _find(model, tokenizer, scratch)
-            opened = Source(folder, find_dtype(dtype, where))
-            plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
-                             auto_group=auto_group or scheme is None)  # fmt: skip
-            report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-            checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
-            batches = find_batches(opened, report, method, dataset, samples, seq_len, seed, told)
-            report.seconds["calibration data"] = time.monotonic() - started
-            road = _Road(opened, plan, fmt, report, where, told)
-            road.write(scratch / "checkpoint", shard_bytes, batches)
-            if verify_output:
-                road.verify(scratch / "checkpoint", batches[-1])
-            checkpoint.put_in_place(scratch / "checkpoint", target)
-    except BaseException:
-        for made in new_folders:
-            if made.exists() and not any(made.iterdir()):
-                made.rmdir()
-        raise
+    with checkpoint.scratch_beside(target) as scratch:
+        folder = _find(model, tokenizer, scratch)
+        opened = Source(folder, find_dtype(dtype, where))
+        plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
+                         auto_group=auto_group or scheme is None)  # fmt: skip
+        report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
+        checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
+        batches = find_batches(opened, report, method, dataset, samples, seq_len, seed, told)
+        report.seconds["calibration data"] = time.monotonic() - started
+        road = _Road(opened, plan, fmt, report, where, told)
+        road.write(scratch / "checkpoint", shard_bytes, batches)
+        if verify_output:
+            road.verify(scratch / "checkpoint", batches[-1])
+        checkpoint.put_in_place(scratch / "checkpoint", target)
     report.seconds["all"] = time.monotonic() - started
     report.cpu_seconds = time.process_time() - cpu
     return report
@@ -257,6 +247,8 @@ def _find(
     """The folder of `model`; one that is in memory is saved first."""
     if not isinstance(model, PreTrainedModel):
         return sources.find(str(model), scratch)
+    if getattr(model.config, "quantization_config", None):
+        raise LowbitError("the loaded model is already quantized: start from the original model")
     folder = scratch / "source"
     with quiet():
         model.save_pretrained(folder)

@@ -84,9 +84,12 @@ def make_plan(
     _check_groups(wanted, plan.scheme)
     for matrix in wanted:
         fmt.check_layer(matrix.module_name, *matrix.shape, plan.scheme, matrix.kind)
+    if head_bits is not None and any(matches(head_name(model), pattern) for pattern in skip):
+        raise LowbitError(f"--skip {head_name(model)} and --head-bits {head_bits} contradict: drop one")
     _plan_head(plan, model, fmt, head_bits)
     schemes = {matrix.module_name: plan.scheme for matrix in wanted}
-    fmt.check(schemes | ({head_name(model): plan.head} if plan.head else {}), [])
+    dense = [matrix.module_name for matrix in everything if matrix.module_name in plan.skipped]
+    fmt.check(schemes | ({head_name(model): plan.head} if plan.head else {}), dense)
     known = {matrix.name for matrix in everything}
     for name in topology.other_matrices(model, known):
         module = name.removesuffix(".weight")
@@ -103,6 +106,10 @@ def _skip_by_pattern(plan: Plan, everything: Sequence[Matrix], patterns: Sequenc
                 f"--skip {pattern!r} matches no linear layer: names look like {everything[0].module_name}"
             )
         plan.skipped.update(dict.fromkeys(hits, f"--skip {pattern}"))
+    stacked = {m.name for m in everything if m.index is not None and m.module_name in plan.skipped}
+    for matrix in everything:
+        if matrix.name in stacked and matrix.module_name not in plan.skipped:
+            raise LowbitError(f"--skip takes all experts of {matrix.name} or none: use '{matrix.name}.*'")
 
 
 def matches(name: str, pattern: str) -> bool:

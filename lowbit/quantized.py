@@ -21,6 +21,13 @@ class QuantizedWeight:
         scales: `[out, groups]` in the stored dtype (bfloat16 or float16); may be negative, never 0.
         zeros: uint8 `[out, groups]`; all `2 ** (bits - 1)` on a symmetric grid.
         scheme: The grid.
+
+    >>> weight = QuantizedWeight(codes=torch.tensor([[9, 6]], dtype=torch.uint8),
+    ...                          scales=torch.tensor([[0.5]]),
+    ...                          zeros=torch.tensor([[8]], dtype=torch.uint8),
+    ...                          scheme=QuantScheme(bits=4, group_size=-1))
+    >>> weight.dequantize()
+    tensor([[ 0.5000, -1.0000]])
     """
 
     codes: Tensor

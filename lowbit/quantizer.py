@@ -308,6 +308,12 @@ class enable:
 
     compressed-tensors (pack-quantized), GPTQ and AWQ checkpoints, lowbit's and other tools'. What lowbit
     can't read goes where it went before. Leaving the `with`, or `disable()`, restores that for all.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> with enable():
+    ...     model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    >>> type(model.model.layers[0].mlp.up_proj).__name__
+    'QuantLinear'
     """
 
     def __init__(self) -> None:

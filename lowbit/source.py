@@ -76,11 +76,14 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    ignore = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
+    other = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
     try:
-        return Path(snapshot_download(model, ignore_patterns=ignore))
+        folder = Path(snapshot_download(model, ignore_patterns=[*other, "*.bin"]))
+        if not any(folder.glob("*.safetensors")):  # an old repository, with pickled weights only
+            folder = Path(snapshot_download(model, ignore_patterns=other))
+        return folder
     except GatedRepoError:
         raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -161,6 +164,7 @@ class Source:
         config: The model's configuration.
         model: The skeleton, in evaluation mode.
         dtype: Working precision of whatever is loaded.
+        stored_dtype: The model's precision on disk.
         extra_keys: Tensors on disk that the architecture does not use (draft layers and the like).
         bytes: Size of all weight files.
     """
@@ -174,6 +178,8 @@ class Source:
         self.folder = folder
         self.config = _read_config(folder)
         self.dtype = dtype
+        stored: Any = self.config.dtype  # before the skeleton sets it
+        self.stored_dtype: torch.dtype = stored or torch.float32
         self._file_of = self._index_files()
         self.bytes = sum(file.stat().st_size for file in set(self._file_of.values()))
         self.model = self._skeleton()
@@ -264,9 +270,9 @@ class Source:
         return self._parameter_of[key]
 
     def read(self, key: str) -> Tensor:
-        """One tensor as it is on disk, in memory of its own."""
+        """One tensor as it is on disk."""
         with safe_open(self._file_of[key], framework="pt") as opened:
-            return opened.get_tensor(key).clone()  # type: ignore[no-any-return]
+            return opened.get_tensor(key)  # type: ignore[no-any-return]
 
     def load(self, keys: Iterable[str], device: torch.device) -> None:
         """Bring these keys' parameters into the skeleton, in the working precision.
@@ -300,14 +306,9 @@ class Source:
     def _check_finite(self, keys: Iterable[str]) -> None:
         for name in {self._parameter_of[key] for key in keys}:
             weight = self.model.get_parameter_or_buffer(name)
-            if weight.is_floating_point() and not torch.isfinite(weight).all():
+            # aminmax passes NaN on, and needs no copy of an embedding of a gigabyte.
+            if weight.is_floating_point() and not all(map(torch.isfinite, weight.aminmax())):
                 raise LowbitError(f"{self.folder}: {name} holds NaN or infinite weights: get a sound copy")
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype of the model on disk."""
-        dtype: Any = self.config.dtype
-        return dtype or torch.float32
 
     def release(self) -> None:
         """Let all weights go."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -89,11 +90,15 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
     }
     _facts(console, facts)
     for name, reason in _collapsed(report.skipped).items():
-        console.print(f"  [dim]full precision[/]  {name}: {reason}", highlight=False, soft_wrap=True)
-    for note in report.notes:
-        console.print(f"  [yellow]note[/]  {note}", highlight=False, soft_wrap=True)
+        _line(console, "[dim]full precision[/]", f"{name}: {reason}")
+    for note in _collapsed_notes(report.notes):
+        _line(console, "[yellow]note[/]", note)
     for warning in report.warnings:
-        console.print(f"  [yellow]engines[/]  {warning}", highlight=False, soft_wrap=True)
+        _line(console, "[yellow]engines[/]", warning)
+
+
+def _line(console: Console, label: str, text: str) -> None:
+    console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _verification(report: Report) -> str:
@@ -172,15 +177,28 @@ def _facts(console: Console, facts: dict[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(f"  {name}", value)
+        table.add_row(f"  {name}", escape(value))
     console.print(table, highlight=False)
+
+
+def _without_numbers(text: str) -> str:
+    """`model.layers.3.mlp` becomes `model.layers.*.mlp`, anywhere in a text."""
+    return re.sub(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)", "*", text)
+
+
+def _collapsed_notes(notes: list[str]) -> list[str]:
+    """Notes that differ only in numbers of blocks, once each."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for note in notes:
+        alike[_without_numbers(note)].append(note)
+    return [found[0] if len(found) == 1 else f"{name} (x{len(found)})" for name, found in alike.items()]
 
 
 def _collapsed(skipped: dict[str, str]) -> dict[str, str]:
     """One line for what differs only in its number: `model.layers.*.mlp.gate (x24)`."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for name, reason in skipped.items():
-        counts[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), re.sub(r"\.\d+\.", ".*.", reason)] += 1
+        counts[_without_numbers(name), _without_numbers(reason)] += 1
     return {name if n == 1 else f"{name} (x{n})": reason for (name, reason), n in counts.items()}
 
 

@@ -61,7 +61,7 @@ def measure(
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in made["layers"])
     return {
         "scheme": made["scheme"], "calibration": made["calibration"], "bits_per_weight": bits_per_weight,
-        "cpu_seconds": made["cpu_seconds"], "seconds": made["seconds"], "peak_memory": made["peak_memory"],
+        "cpu_seconds": made["cpu_seconds"], "stages": made["seconds"], "peak_memory": made["peak_memory"],
         "cpu_seconds_per_million": made["cpu_seconds"] / (weights / 1e6), **found,
     }  # fmt: skip
 

@@ -3,8 +3,8 @@
     python scripts/cpu_thresholds.py [--out-features 4864] [--in-features 896] [--group-size 128]
 
 Prints the four-bit kernel, dequantized tiles and a dense bfloat16 product, at 4 and at 8 bits, and the
-number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py`, half of it at 8 bits. The weights of several
-layers take turns, so that they come from memory as they do in a model.
+number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py`, half of it at 8 bits. The
+weights of several layers take turns, so that they come from memory as they do in a model.
 """
 
 from __future__ import annotations

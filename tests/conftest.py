@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -20,8 +21,12 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-import lowbit
-from tests.tiny import make_model
+from tests.tiny import TEXT, make_model
+
+if TYPE_CHECKING:  # lowbit itself is imported by the fixtures: some tests stand when it is broken
+    from lowbit import QuantScheme
+    from lowbit.results import Report
+    from tests.refused import Refused
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -46,16 +51,60 @@ def checkpoint(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """`checkpoint(family, scheme, **options)`: a tiny model quantized by rounding; never write to it."""
+    from lowbit import QuantScheme, pipeline
+
     made: dict[str, Path] = {}
 
-    def make(family: str = "llama", scheme: lowbit.QuantScheme | None = None, **options: Any) -> Path:
-        scheme = scheme or lowbit.QuantScheme(4, 32)
+    def make(family: str = "llama", scheme: QuantScheme | None = None, **options: Any) -> Path:
+        scheme = scheme or QuantScheme(4, 32)
         key = f"{family} {scheme} {sorted(options.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
             source = tiny_model(family, tied=options.pop("tied", None))
-            lowbit.quantize(str(source), scheme, output=folder, method="rtn", verify_output=False, **options)
+            fast: dict[str, Any] = {"method": "rtn", "verify_output": False}
+            pipeline.quantize(str(source), scheme, output=folder, **(fast | options))
             made[key] = folder
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibration text of about twenty rows of 48 tokens."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT * 4, encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def quantize(text_file: str, tmp_path: Path) -> Callable[..., Report]:
+    """`lowbit.quantize` to w4g32 by RTN into `tmp_path / "out"`, where a test says nothing else."""
+    from lowbit import QuantScheme, pipeline
+
+    usual: dict[str, Any] = {
+        "scheme": QuantScheme(4, 32),
+        "output": tmp_path / "out",
+        "method": "rtn",
+        "dataset": text_file,
+        "samples": 4,
+        "seq_len": 48,
+    }
+
+    def run(model: Any, *scheme: QuantScheme | None, **options: Any) -> Report:
+        given = {"scheme": scheme[0]} if scheme else {}
+        return pipeline.quantize(model, **(usual | given | options))
+
+    return run
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Refused]:
+    """Runs the command line where it must refuse; see `tests.refused`."""
+    from tests.refused import Refused
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Refused(tmp_path, monkeypatch, capfd)
+    signal.signal(signal.SIGTERM, handler)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowbit import topology
-from lowbit.calibration import TILE, Moment, exact_products, find_groups, observe
+from lowbit.calibration import TILE, Moment, find_groups, observe
+from lowbit.hardware import bfloat16_products
 from tests.test_topology import LoadedBlock
 from tests.tiny import FAMILIES, VOCAB
 
@@ -50,22 +51,23 @@ def test_moment_follows_a_fold() -> None:
     moment = Moment(40, torch.device("cpu"))
     moment.add(x)
     moment.rescale(scales)
-    torch.testing.assert_close(moment.mean().double(), second_moment(x.double() / scales), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        moment.mean().double(), second_moment(x.double() / scales), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_moment_of_nothing_is_zero() -> None:
     assert not Moment(8, torch.device("cpu")).mean().any()
 
 
-def test_float32_products_stay_float32() -> None:
-    """Only where inputs are bfloat16 may the matrix units round them."""
+def test_matrix_units_are_left_as_they_were() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with exact_products(torch.float32):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with exact_products(torch.bfloat16):
+    with bfloat16_products():
         pass
-    with pytest.raises(KeyError), exact_products(torch.bfloat16):
+    with pytest.raises(KeyError), bfloat16_products():
         raise KeyError
+    for dtype in (torch.float32, torch.bfloat16):
+        Moment(8, torch.device("cpu")).add(torch.ones(2, 8, dtype=dtype))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
@@ -77,11 +79,15 @@ def test_moments_equal_those_of_forward_hooks(tiny_model: Folders, family: str) 
     with observe(loaded.groups):
         for _ in range(2):  # twice the same tokens: the same mean
             loaded.run()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            module.register_forward_pre_hook(lambda _m, args, name=name: inputs.update({name: args[0].detach()}))
+            module.register_forward_pre_hook(
+                lambda _m, args, name=name: inputs.update({name: args[0].detach()})
+            )
     ids = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(input_ids=ids)
@@ -121,14 +127,16 @@ def test_experts_count_only_the_tokens_routed_to_them(tiny_model: Folders, famil
             counts.append(group.moment.tokens)
             assert group.moment.tokens == int(mine.sum())
             if matrix.attribute == "gate_up_proj" and mine.any():
-                torch.testing.assert_close(group.moment.mean().double(), second_moment(x[mine]), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    group.moment.mean().double(), second_moment(x[mine]), rtol=1e-4, atol=1e-5
+                )
     assert sum(counts) == 2 * 2 * len(x)  # two matrices, two experts per token
     assert len(set(counts)) > 1  # the oracle would not see a count of all tokens otherwise
 
 
 def test_an_expert_that_no_token_reached_is_a_group_of_its_own(tiny_model: Folders) -> None:
     loaded = LoadedBlock(tiny_model("mixtral"))
-    loaded.block.mlp.gate.weight.zero_()  # ties go to the first two experts
+    loaded.block.mlp.gate.weight.data.zero_()  # ties go to the first two experts
     reached: set[int] = set()
     handle = loaded.block.mlp.experts.register_forward_pre_hook(
         lambda _m, args: reached.update(args[1].unique().tolist())
@@ -176,4 +184,8 @@ def test_equal_tensors_are_not_one_input() -> None:
 
     block = Block().requires_grad_(False)
     groups = find_groups(topology.matrices(block, "b"), lambda: block(torch.ones(2, 5, 16)))
-    assert [[m.name for m in g.matrices] for g in groups] == [["b.first.weight"], ["b.second.weight"], ["b.third.weight"]]
+    assert [[m.name for m in g.matrices] for g in groups] == [
+        ["b.first.weight"],
+        ["b.second.weight"],
+        ["b.third.weight"],
+    ]

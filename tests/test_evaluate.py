@@ -200,7 +200,8 @@ def test_perplexity_of_a_folder_and_of_a_model(folder: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_script(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    command = [sys.executable, SCRIPT, folder, "--dataset", "text.txt", "--reference", folder, "--seq-len", "32"]
+    command = [sys.executable, SCRIPT, folder, "--dataset", "text.txt", "--reference", folder]
+    command += ["--seq-len", "32"]
     environment = {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:

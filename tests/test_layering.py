@@ -24,6 +24,7 @@ LEVELS = {
     "errors": 0,
     "scheme": 1,
     "packing": 1,
+    "shard": 1,
     "hardware": 1,
     "pages": 1,
     "quiet": 1,

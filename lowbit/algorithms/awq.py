@@ -19,10 +19,12 @@ from torch import Tensor
 from lowbit import grid
 from lowbit.algorithms import rtn
 from lowbit.errors import LowbitError
+from lowbit.hardware import bfloat16_products
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
 NEEDS_HESSIAN = True
+WEIGHTS_AT_ONCE = 2**21  # weights whose error is worked out at a time: bounds the memory of the search
 
 
 def find_channel_scales(
@@ -133,14 +135,16 @@ def _scaled_error(
 ) -> float:
     """Sum of `tr(D H D^T)` over `weights`, rounded to nearest after their columns took `factors`."""
     total = 0.0
-    for weight in weights:
-        scaled = weight.float() if factors is None else weight.float() * factors
+    rows = max(1, WEIGHTS_AT_ONCE // len(hessian))
+    for part in (part for weight in weights for part in weight.split(rows)):
+        scaled = part.float() if factors is None else part.float() * factors
         scales, zeros = grid.find_params(scaled, scheme, scale_dtype)
         codes = grid.quantize(scaled, scales, zeros, scheme)
         errors = grid.dequantize(codes, scales, zeros, scheme).sub_(scaled)
         if factors is not None:
             errors /= factors
-        total += output_error(errors, hessian)
+        with bfloat16_products():  # candidates differ by percents, products by a thousandth
+            total += output_error(errors, hessian)
     return total
 
 

@@ -40,20 +40,25 @@ SCALE_DTYPE = torch.bfloat16
 TENSORS: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 _LAYOUT = "pack-quantized"
-_EXPERT = re.compile(r".*\.experts\.\d+\..*")
+_EXPERT = re.compile(r".*\.experts\.\d+\..*")  # on disk
+_STACKED = re.compile(r".*\.experts\.\w+\.\d+")  # in memory
 
 
 def check(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> None:
     """Any scheme per module, but asymmetric ones alone, and one for all experts.
 
     transformers 5.23 reads asymmetric weights only with `dequantize`, which applies a single
-    group's scheme to all modules; it also picks one group for all experts.
+    group's scheme to all modules; it also picks one group for all experts, and none may be dense.
 
     Raises:
         LowbitError: a rule is broken.
     """
-    del ignore
     limits.require_some(schemes)
+    dense = next((name for name in ignore if _EXPERT.match(name) or _STACKED.match(name)), None)
+    if dense:
+        raise LowbitError(
+            f"{dense}: transformers cannot load dense experts: quantize them, or use --format gptq"
+        )
     distinct = sorted({str(scheme) for scheme in schemes.values()})
     if len(distinct) > 1 and not all(scheme.symmetric for scheme in schemes.values()):
         raise LowbitError(

@@ -74,7 +74,7 @@ def grouped_dequant_matmul(
         ValueError: the tensors do not fit one another.
     """
     constants = grid_constants(bits, group_size, x.shape[-1], scale_dtype)
-    check(x, codes, constants, x.shape[-1], out_features)
+    check(x, codes, scale_zero, constants, x.shape[-1], out_features)
     if codes.dim() != 5 or experts.shape != x.shape[:1]:
         raise ValueError(
             f"experts must be [{len(x)}] and codes a stack, got {list(experts.shape)}, {list(codes.shape)}"

@@ -120,7 +120,7 @@ def dequant_matmul(
     """
     in_features = x.shape[-1]
     constants = grid_constants(bits, group_size, in_features, scale_dtype)
-    check(x, codes, constants, in_features, out_features)
+    check(x, codes, scale_zero, constants, in_features, out_features)
     rows = x.reshape(-1, in_features)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -138,18 +138,29 @@ def dequant_matmul(
     return y.view(*x.shape[:-1], out_features)
 
 
-def check(x: Tensor, codes: Tensor, constants: dict[str, Any], in_features: int, out_features: int) -> None:
+def check(
+    x: Tensor,
+    codes: Tensor,
+    scale_zero: Tensor,
+    constants: dict[str, Any],
+    in_features: int,
+    out_features: int,
+) -> None:
     """Refuse what would read beyond a tensor's end."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
-    block = constants["BK"]
-    words = block * constants["BITS"] // 16
-    shape = (padded_tiles(out_features), -(-in_features // block), ROW_TILE, words)
-    if codes.shape[-4:] != shape or codes.dtype != torch.int16:
-        raise ValueError(
-            f"a weight [{out_features}, {in_features}] has int16 codes {list(shape)} in the kernel layout, "
-            f"got {codes.dtype} {list(codes.shape)}"
-        )
+    block, per_group = constants["BK"], constants["BLOCKS_PER_GROUP"]
+    tiled, blocks = padded_tiles(out_features), -(-in_features // block)
+    groups = -(-blocks * constants["GROUPS"] // per_group) if per_group else 1
+    for name, tensor, dtype, shape in (
+        ("codes", codes, torch.int16, (tiled, blocks, ROW_TILE, block * constants["BITS"] // 16)),
+        ("scale_zero", scale_zero, torch.int32, (tiled, groups, ROW_TILE)),
+    ):
+        if tensor.shape[-len(shape) :] != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"a weight [{out_features}, {in_features}] has contiguous {name} {dtype} {list(shape)} "
+                f"in the kernel layout, got {tensor.dtype} {list(tensor.shape)}"
+            )
 
 
 def decode(
@@ -224,7 +235,7 @@ def dequantize(
     """The dense weight `[out, in]` in `dtype`, float16 or bfloat16, each value rounded once."""
     constants = grid_constants(bits, group_size, in_features, scale_dtype)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
-    check(weight, codes, constants, in_features, out_features)
+    check(weight, codes, scale_zero, constants, in_features, out_features)
     grid = (codes.shape[-4], codes.shape[-3])
     with torch.cuda.device_of(codes):
         dequantize_kernel[grid](

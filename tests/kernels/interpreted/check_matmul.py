@@ -130,6 +130,14 @@ class TestInputs:
         with pytest.raises(ValueError, match="float16 or bfloat16"):
             self.run(torch.randn(1, 256))
 
+    def test_scales_of_another_weight_are_refused(self) -> None:
+        other = to_layout(
+            *make_weight(70, 512, bits=4, group_size=128), bits=4, group_size=128, in_features=512
+        )
+        mixed = {"bits": 4, "group_size": 128, "out_features": 70, "scale_dtype": torch.bfloat16}
+        with pytest.raises(ValueError, match="scale_zero"):
+            dequant_matmul(torch.randn(1, 256).half(), self.layout.codes, other.scale_zero, **mixed)
+
     @pytest.mark.parametrize(("columns", "out"), [(512, 70), (256, 129)])
     def test_a_weight_of_another_shape_is_refused(self, columns: int, out: int) -> None:
         with pytest.raises(ValueError, match="in the kernel layout, got"):

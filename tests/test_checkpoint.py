@@ -1,0 +1,258 @@
+"""Shards, index, config, and the one step that puts a checkpoint in its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowbit import checkpoint
+from lowbit.checkpoint import CheckpointWriter
+from lowbit.errors import LowbitError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("5GB", 5 * 10**9), ("300MB", 3 * 10**8), ("300mb", 3 * 10**8), ("1.5 GB", 15 * 10**8),
+     ("2G", 2 * 10**9), ("70KB", 70_000), ("1TB", 10**12), ("4096", 4096), (" 10B ", 10)],
+)  # fmt: skip
+def test_sizes(text: str, expected: int) -> None:
+    assert checkpoint.parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "0", "0.1B", "5 GB GB", "five", "5GiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(LowbitError, match="is not a size: write it like 5GB or 300MB"):
+        checkpoint.parse_size(text)
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(40, 30, generator=generator)
+    return {
+        "a.weight": wide,
+        "b.weight": wide.T,  # not contiguous
+        "c.weight": wide[:7],  # a view of another's memory
+        "c.bias": wide[3].bfloat16(),
+        "d.qweight": torch.arange(12, dtype=torch.int32),
+        "e.scalar": torch.tensor(3.0),
+        "f.empty": torch.empty(0, 4),
+    }
+
+
+def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 10**9)
+    for name, tensor in some_tensors().items():
+        writer.add(name, tensor)
+    writer.finish({"a": 1}, [])
+    assert sorted(file.name for file in writer.folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = load_file(writer.folder / "model.safetensors")
+    for name, tensor in some_tensors().items():
+        assert torch.equal(loaded[name], tensor), name
+        assert loaded[name].dtype == tensor.dtype
+    with safe_open(writer.folder / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}  # transformers refuses a file without it
+    assert writer.total_size == sum(t.numel() * t.element_size() for t in some_tensors().values())
+    # A view was stored alone, not with all of the memory behind it.
+    assert (writer.folder / "model.safetensors").stat().st_size < writer.total_size + 2000
+
+
+def test_shards_keep_to_their_size_and_to_the_index(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", 5000)
+    for name, tensor in some_tensors().items():
+        writer.add(name, tensor)
+    writer.finish({}, [])
+    shards = sorted(writer.folder.glob("*.safetensors"))
+    assert [s.name for s in shards] == [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((writer.folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": writer.total_size}
+    found = {name: shard.name for shard in shards for name in load_file(shard)}
+    assert index["weight_map"] == found
+    assert set(found) == set(some_tensors())
+    for shard in shards:
+        sizes = [t.numel() * t.element_size() for t in load_file(shard).values()]
+        assert sum(sizes) <= 5000 or len(sizes) == 1
+    assert not list(writer.folder.glob("part-*"))
+
+
+@pytest.mark.parametrize("limit", [1, 10**9])
+def test_a_name_may_come_once(tmp_path: Path, limit: int) -> None:
+    writer = CheckpointWriter(tmp_path / "out", limit)
+    writer.add("a", torch.ones(2))
+    writer.add("b", torch.ones(2))
+    with pytest.raises(ValueError, match="a was written twice"):
+        writer.add("a", torch.ones(2))
+
+
+def test_sidecars_are_copied_and_the_config_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\x00 bytes as they are")
+    writer = CheckpointWriter(tmp_path / "out", 10**9)
+    writer.add("a", torch.ones(2))
+    writer.finish({"name": "é"}, [tmp_path / "tokenizer.json"])
+    assert (writer.folder / "tokenizer.json").read_bytes() == b"\xff\x00 bytes as they are"
+    assert (writer.folder / "config.json").read_bytes() == '{\n  "name": "é"\n}\n'.encode()
+
+
+@pytest.mark.parametrize("tied", [None, False])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_config(tmp_path: Path, tied: bool | None, key: str) -> None:
+    source = {
+        "architectures": ["X"],
+        key: "float16",
+        "tie_word_embeddings": True,
+        "text_config": {key: "float16", "tie_word_embeddings": True, "hidden_size": 8},
+        "vision_config": {"hidden_size": 4},
+        "rope_scaling": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    config = checkpoint.quantized_config(tmp_path / "config.json", {"quant_method": "gptq"}, tied)
+    assert config["dtype"] == "bfloat16"
+    assert "torch_dtype" not in json.dumps(config)
+    assert "float16" not in json.dumps(config).replace("bfloat16", "")
+    assert config["quantization_config"] == {"quant_method": "gptq"}
+    expected = True if tied is None else tied
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == expected
+    assert config["vision_config"] == {"hidden_size": 4}
+    assert config["rope_scaling"] is None
+    assert config["architectures"] == ["X"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "model", "expected"),
+    [
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),  # a router or a scale kept exact on purpose
+        (torch.int64, torch.float16, torch.int64),
+        (torch.bool, torch.float16, torch.bool),
+    ],
+)
+def test_stored_dtype(tensor: torch.dtype, model: torch.dtype, expected: torch.dtype) -> None:
+    assert checkpoint.stored_dtype(tensor, model) == expected
+
+
+def make_checkpoint(folder: Path, mark: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(mark)
+    return folder
+
+
+def test_put_in_place(tmp_path: Path) -> None:
+    checkpoint.put_in_place(make_checkpoint(tmp_path / "scratch" / "checkpoint", "new"), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    (tmp_path / "out" / "stale.bin").write_text("of the old one")
+    checkpoint.put_in_place(make_checkpoint(tmp_path / "scratch" / "checkpoint", "newer"), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "newer"
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_an_old_checkpoint_survives_a_failed_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path / "out", "old")
+    finished = make_checkpoint(tmp_path / "scratch" / "checkpoint", "new")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self == finished:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.put_in_place(finished, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_scratch_leaves_no_trace_of_a_failure(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "out"
+
+    def run(error: type[BaseException] | None) -> None:
+        with checkpoint.scratch_beside(target) as scratch:
+            assert scratch.parent == target.parent
+            (scratch / "part").write_text("half a file")
+            if error:
+                raise error
+            make_checkpoint(target, "done")
+
+    for error in (KeyError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            run(error)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "mine").write_text("was here before")
+    with pytest.raises(KeyError):
+        run(KeyError)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["deep", "deep/mine"]
+    run(None)
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_output_below_a_file(tmp_path: Path, depth: int) -> None:
+    (tmp_path / "file").write_text("")
+    target = tmp_path.joinpath("file", *["x"] * depth)
+    with (
+        pytest.raises(LowbitError, match=r"can't be written \(.+\): choose another"),
+        checkpoint.scratch_beside(target),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_target(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "models" / "original", "model")
+    accepted: list[tuple[Path, bool]] = [(tmp_path / "new", False), (tmp_path / "empty", False)]
+    (tmp_path / "empty").mkdir()
+    accepted.append((make_checkpoint(tmp_path / "old", "old"), True))
+    accepted.append((source / "inside", False))  # in the model's folder, but not in its way
+    for output, overwrite in accepted:
+        checkpoint.check_target(output, str(source), overwrite)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "models" / "config.json").write_text("a checkpoint around the model")
+    refused: list[tuple[Path, bool, str]] = [
+        (tmp_path / "old", False, "exists and is not empty: choose another or add --overwrite"),
+        (source, True, "is the model itself"),
+        (source.parent, True, "holds .*the model itself"),
+        ((tmp_path / "link").resolve(), True, "is the model itself"),
+        (tmp_path / "file", True, "is a file"),
+        (tmp_path / "notes", True, "holds something else than a model"),
+    ]
+    for output, overwrite, message in refused:
+        with pytest.raises(LowbitError, match=message):
+            checkpoint.check_target(output, str(source), overwrite)
+    with pytest.raises(LowbitError, match="the model itself"):
+        checkpoint.check_target(source, str(tmp_path / "link"), True)
+    checkpoint.check_target(tmp_path / "old", "", True)  # a model without a folder
+    checkpoint.check_target(tmp_path / "old", "org/name", True)
+
+
+def test_a_gguf_beside_an_old_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "config")
+    (folder / "model.gguf").write_text("the only copy")
+    with pytest.raises(LowbitError, match=r"holds .*the model itself"):
+        checkpoint.check_target(folder, str(folder / "model.gguf"), True)
+
+
+def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        return SimpleNamespace(free=3_000_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    checkpoint.check_room(tmp_path / "not" / "yet", 2_999_999_999)
+    assert asked == [tmp_path]
+    with pytest.raises(LowbitError, match=r"3\.00 GB free and 4\.00 GB are needed: free some space or"):
+        checkpoint.check_room(tmp_path, 4_000_000_000)
