@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-static clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -36,6 +36,9 @@ lint: $(INSTALLED) ## Check style and types
 
 bench: demo-output/source/config.json ## Compare the methods (ARGS="..." for scripts/compare_methods.py)
 	$(BIN)/python scripts/compare_methods.py $(ARGS)
+
+bench-static: $(INSTALLED) ## Compile the kernels without a GPU and check their counts against docs/KERNELS.md
+	$(BIN)/python scripts/kernel_report.py --check $(ARGS)
 
 demo-output/source/config.json:
 	$(MAKE) demo

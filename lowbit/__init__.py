@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lowbit.hf import load
     from lowbit.pipeline import quantize
     from lowbit.quantized import QuantizedWeight
-    from lowbit.quantizer import enable
     from lowbit.scheme import QuantScheme
+    from lowbit.switch import enable
 
 try:
     __version__ = version("lowbit")
@@ -35,7 +35,7 @@ _HOMES = {
     "LowbitError": "errors",
     "QuantScheme": "scheme",
     "QuantizedWeight": "quantized",
-    "enable": "quantizer",
+    "enable": "switch",
     "load": "hf",
     "perplexity": "evaluate",
     "quantize": "pipeline",

@@ -43,6 +43,7 @@ LEVELS = {
     "algorithms": 6,
     "nn": 7,
     "quantizer": 8,
+    "switch": 9,
     "results": 4,
     "source": 4,
     "dataset": 4,
