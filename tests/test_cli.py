@@ -46,7 +46,7 @@ def checkpoint(tiny_model: Folders, tmp_path_factory: pytest.TempPathFactory) ->
     return output
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "inspect"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_shows_examples(run: Run, command: str, flag: str) -> None:
     code, out, err = run(command, flag)
@@ -55,10 +55,17 @@ def test_help_shows_examples(run: Run, command: str, flag: str) -> None:
     assert len(examples) >= 2
 
 
+def test_every_file_of_commands_is_a_command() -> None:
+    files = {path.stem for path in (ROOT / "lowbit" / "commands").glob("*.py")}
+    assert files - {"__init__", "options"} == {
+        module.__name__.rpartition(".")[2] for module in cli.COMMANDS.values()
+    }
+
+
 def test_help_of_the_whole(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    assert all(command in out for command in ("quantize", "eval", "inspect"))
+    assert all(command in out for command in cli.COMMANDS)
     code, bare, err = run()
     assert err == ""
     assert "quantize" in bare

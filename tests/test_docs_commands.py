@@ -24,6 +24,8 @@ import pytest
 import tomllib
 import typer
 
+from lowbit import cli
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
@@ -79,7 +81,6 @@ def shell_commands(path: Path) -> Iterator[tuple[int, list[str]]]:
 @functools.cache
 def parser() -> Any:
     """The command line of lowbit with every function taken out."""
-    from lowbit import cli
 
     def disarm(command: Any) -> Any:
         command.callback = lambda **_: None
@@ -182,6 +183,12 @@ def test_the_documents_are_there() -> None:
 @pytest.mark.parametrize("words", SHELL)
 def test_shell_commands_work(words: list[str]) -> None:
     check(words)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_examples_of_the_help_work(command: str) -> None:
+    for example in cli.COMMANDS[command].EXAMPLES:
+        check(shlex.split(example))
 
 
 @pytest.mark.parametrize("code", PYTHON)

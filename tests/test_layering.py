@@ -63,6 +63,13 @@ LEVELS = {
     "terminal": 11,
     "pipeline": 11,
     "": 12,  # lowbit/__init__.py, the public names
+    "commands": 0,
+    "commands.options": 1,
+    "commands.bench": 12,
+    "commands.evaluate": 12,
+    "commands.generate": 12,
+    "commands.inspect": 12,
+    "commands.quantize": 12,
     "cli": 13,
     "__main__": 14,
 }
@@ -190,24 +197,22 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef, is_command: bool = False) -> int:
     """Lines from `def` to the end, without the docstring, and of a command without its list of options."""
     nodes = function.body[1:] if ast.get_docstring(function) else function.body
     body = (nodes[-1].end_lineno or 0) - nodes[0].lineno + 1 if nodes else 0
-    is_command = any(".command" in ast.unparse(decorator) for decorator in function.decorator_list)
     return body if is_command else body + function.body[0].lineno - function.lineno
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
-    long = {
-        node.name: length(node)
+    lengths = {
+        node.name: length(node, is_command=path.parent.name == "commands" and node.name == "run")
         for node in ast.walk(parse(path))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and not is_kernel(node)
-        and length(node) > MAX_FUNCTION_LINES
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node)
     }
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
     assert long == {}, f"functions of more than {MAX_FUNCTION_LINES} lines: {long}"
 
 

@@ -1,0 +1,123 @@
+"""`lowbit quantize`: a model in, a checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.errors import LowbitError
+from lowbit.scheme import QuantScheme
+
+EXAMPLES = (
+    "lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",
+    "lowbit quantize ./my-model --output my-model-w4 --dataset train.jsonl --group-size 64",
+    "lowbit quantize model.gguf --output model-w8 --method rtn --bits 8",
+    "lowbit quantize ./my-model --output my-model-awq --method awq --asymmetric --format awq",
+)
+
+
+class Method(str, Enum):
+    """Rounding algorithms."""
+
+    rtn = "rtn"
+    gptq = "gptq"
+    awq = "awq"
+
+
+class FormatName(str, Enum):
+    """Formats on disk."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+
+
+def run(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", show_default=False)],
+    method: Annotated[
+        Method, typer.Option(help="rtn: seconds, no data. gptq, awq: minutes, calibrated.")
+    ] = Method.gptq,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        str, typer.Option(help="Input columns per scale; -1: the whole row; auto: 128, 64 or 32.")
+    ] = "auto",
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Symmetric loads in every engine.")
+    ] = True,
+    format: Annotated[FormatName, typer.Option(help="Format on disk.")] = FormatName.compressed_tensors,
+    dataset: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads this at run time on Python 3.10)
+        typer.Option(
+            help="Calibration text: hub id (org/name:config), .txt, .jsonl or .parquet file, or 'self' to "
+            "sample it from the model. Default: a public data set, or self if it can't be reached.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    skip: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Modules to leave alone, as a pattern (*.down_proj); repeatable.", show_default=False
+        ),
+    ] = None,
+    head_bits: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Quantize the output head too, to this many bits (unties it).", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Working precision: auto, bfloat16 or float32.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors shard.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model into a checkpoint that transformers, vLLM and SGLang load."""
+    from lowbit.hardware import peak_memory
+    from lowbit.pipeline import quantize
+    from lowbit.terminal import progress_bar, show_report
+
+    console = open_console(as_json)
+    auto_group = group_size == "auto"
+    scheme = QuantScheme(bits, 128 if auto_group else _group_size(group_size), symmetric)
+    with progress_bar(console) as progress:
+        report = quantize(
+            model,
+            scheme,
+            output=output,
+            method=method.value,
+            format=format.value,
+            dataset=dataset,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            skip=skip or (),
+            head_bits=head_bits,
+            auto_group=auto_group,
+            device=device,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify_output=verify,
+            progress=progress,
+        )
+    if as_json:
+        print_json(dataclasses.asdict(report) | {"peak_memory": peak_memory()})
+    else:
+        show_report(console, report, peak_memory())
+
+
+def _group_size(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise LowbitError(f"--group-size {text!r} is not a number: use 128, 64, 32, -1 or auto") from None
