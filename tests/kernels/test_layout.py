@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,5 +125,8 @@ def test_importing_asks_no_driver() -> None:
         "import lowbit_kernels, torch, triton.runtime.driver as d;"
         "assert not torch.cuda.is_initialized(); assert d._active is None and d._default is None"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    source = Path(__file__).parents[2] / "triton_kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
