@@ -2,7 +2,7 @@
 
 Its parameters are the checkpoint's own tensors, under their own names and in their own dtypes. So the
 state dict is the checkpoint, saving writes back what was read, to the bit, and everything that moves
-parameters (accelerate, `.to`) moves these.
+parameters (accelerate, `.to`) moves these. `PackedWeight` is that much; `QuantLinear` multiplies too.
 
 What is multiplied is an `ops.Operand`, derived from them: made when the model is loaded or moved, held
 beside the parameters, in no state dict. Where the parameters come and go (offloading), it is made
@@ -24,21 +24,17 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
 
-class QuantLinear(nn.Linear):
-    """`x @ weight.T + bias` with a packed weight.
-
-    It is an `nn.Linear` so that what is put on linear layers (adapters) takes it for one.
+class PackedWeight(nn.Module):
+    """One packed matrix, as the tensors that the checkpoint has for it; called, it is read.
 
     Args:
-        name: Name of the module in the checkpoint, for messages.
+        name: Name of the matrix in the checkpoint, for messages.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         tensors: The packed weight's tensors by suffix; they may be on the meta device.
         scheme: Its grid.
         format_name: Key of `FORMATS`.
         config: The checkpoint's `quantization_config`.
-        bias: Is there a bias?
-        dtype: dtype of the bias and, as far as is known, of the activations.
     """
 
     def __init__(
@@ -50,40 +46,25 @@ class QuantLinear(nn.Linear):
         scheme: QuantScheme,
         format_name: str,
         config: Mapping[str, Any],
-        bias: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        nn.Module.__init__(self)  # without a dense weight
+        nn.Module.__init__(self)  # not `super()`: a linear layer's would make a dense weight
         self.name, self.out_features, self.in_features = name, out_features, in_features
         self.scheme, self.format_name, self.config = scheme, format_name, config
         self.suffixes = tuple(tensors)
         for suffix, tensor in tensors.items():
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
-        device = next(iter(tensors.values())).device
-        empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)  # type: ignore[assignment]
-        self.dtype = dtype
-        self._prepared: tuple[ops.Operand, Tensor | None] | None = None
-        self.prepare()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
-        operand, order = self._prepared or self._derive()
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return ops.matmul(x if order is None else x[..., order], operand, bias)
-
-    def prepare(self) -> None:
-        """Derive what is multiplied from the parameters, if they are here.
-
-        Raises:
-            LowbitError: they do not fit the configuration.
-        """
-        here = all(tensor.device.type != "meta" for tensor in self.tensors().values())
-        self._prepared = self._derive() if here else None
+    def forward(self) -> tuple[QuantizedWeight, Tensor | None]:
+        """As `read`. A call, so that offloaded tensors are fetched for it."""
+        return self.read()
 
     def tensors(self) -> dict[str, Tensor]:
         """The packed weight's tensors by suffix, as the checkpoint holds them."""
         return {suffix: getattr(self, suffix).data for suffix in self.suffixes}
+
+    def is_here(self) -> bool:
+        """Are the tensors in memory? Not before they are loaded, nor while they are offloaded."""
+        return all(tensor.device.type != "meta" for tensor in self.tensors().values())
 
     def read(self) -> tuple[QuantizedWeight, Tensor | None]:
         """The weight, and the order of its columns where groups are scattered: see `formats.read`.
@@ -101,10 +82,73 @@ class QuantLinear(nn.Linear):
         return found
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the layer stands for, `[out, in]`."""
+        """The weight that the tensors stand for, `[out, in]`."""
         weight, order = self.read()
         dense = weight.dequantize(dtype)
         return dense if order is None else dense[:, torch.argsort(order)]
+
+    def extra_repr(self) -> str:
+        """Sizes, scheme and format."""
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, {self.format_name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Move parameters, but never change the dtype of the checkpoint's tensors."""
+        packed = [getattr(self, suffix) for suffix in self.suffixes]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is own for own in packed):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class QuantLinear(PackedWeight, nn.Linear):
+    """`x @ weight.T + bias` with a packed weight.
+
+    It is an `nn.Linear` so that what is put on linear layers (adapters) takes it for one.
+
+    Args:
+        name: As for `PackedWeight`, and so all up to `config`.
+        bias: Is there a bias?
+        dtype: dtype of the bias and, as far as is known, of the activations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        tensors: Mapping[str, Tensor],
+        scheme: QuantScheme,
+        format_name: str,
+        config: Mapping[str, Any],
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        PackedWeight.__init__(self, name, out_features, in_features, tensors, scheme, format_name, config)
+        device = next(iter(tensors.values())).device
+        empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)  # type: ignore[assignment]
+        self.dtype = dtype
+        self._prepared: tuple[ops.Operand, Tensor | None] | None = None
+        self.prepare()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
+        operand, order = self._prepared or self._derive()
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        return ops.matmul(x if order is None else x[..., order], operand, bias)
+
+    def prepare(self) -> None:
+        """Derive what is multiplied from the parameters, if they are here.
+
+        Raises:
+            LowbitError: they do not fit the configuration.
+        """
+        self._prepared = self._derive() if self.is_here() else None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -122,10 +166,15 @@ class QuantLinear(nn.Linear):
         """What is multiplied; None where it is derived anew at every call."""
         return None if self._prepared is None else self._prepared[0]
 
+    @property
+    def operands(self) -> list[ops.Operand]:
+        """`operand`, if there is one."""
+        return [] if self.operand is None else [self.operand]
+
     def extra_repr(self) -> str:
         """Sizes, scheme, format and layout."""
         layout = "unprepared" if self.operand is None else self.operand.layout
-        return f"{self.in_features}, {self.out_features}, {self.scheme}, {self.format_name}, {layout}"
+        return f"{PackedWeight.extra_repr(self)}, {layout}"
 
     def _derive(self) -> tuple[ops.Operand, Tensor | None]:
         weight, order = self.read()
@@ -135,16 +184,7 @@ class QuantLinear(nn.Linear):
         return operand, order
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move parameters, but never change the dtype of the checkpoint's tensors."""
-        packed = [getattr(self, suffix) for suffix in self.suffixes]
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is own for own in packed):
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.prepare()
         return self
 

@@ -5,8 +5,9 @@ guessed from lists of ignored names: a layer becomes a `QuantLinear` if its pack
 with the shapes and dtypes that they have. Those shapes are checked against the configuration and
 the model after loading; what does not fit is an error and never a random weight.
 
-Matrices that transformers merges into others while it loads (the experts of a mixture) can't stay
-packed: they are dequantized as they are read, and a warning says so. Such a model can't be saved.
+Experts, which transformers merges into stacks while it loads, become `QuantExperts`. What it merges in
+another way can't stay packed: it is dequantized as it is read, and a warning says so. Such a model
+can't be saved.
 
 Nothing here changes transformers until `enable` is called. `LowbitConfig` has a `quant_method` of its
 own, which exists in memory only: what is saved is the configuration that was read.
@@ -21,36 +22,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit import formats, pages
+from lowbit import formats, pages, placement
 from lowbit.errors import LowbitError
+from lowbit.experts import QuantExperts
 from lowbit.formats import FORMATS, Format
-from lowbit.nn import DenseLinear, QuantLinear
-from lowbit.ops import STREAM
+from lowbit.nn import DenseLinear, PackedWeight, QuantLinear
 from lowbit.scheme import QuantScheme
 
 METHOD = "lowbit"
 _ALIGNMENT = 64
 _RELEASED_AT_ONCE = 2**27
 """Bytes of a checkpoint that may be resident beside the kernels' layouts made from them."""
-_DTYPES = {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8,
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
-}  # fmt: skip
 
 
 def find_format(config: Mapping[str, Any]) -> str | None:
@@ -133,6 +123,7 @@ class LowbitQuantizer(HfQuantizer):
             raise LowbitError(f"quant_method={self.config.get('quant_method')!r} is not one lowbit can read")
         self.serialized_names = {"weight": ["weight", *self.fmt.TENSORS]}
         self.merged: dict[str, QuantScheme] = {}
+        self.merged_patterns: set[str] = set()
         self.dtype = torch.bfloat16
 
     @property
@@ -152,20 +143,23 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **unused: Any
     ) -> PreTrainedModel:
         del unused
-        packed = self._packed_layers(checkpoint_files or ())
-        for name, (path, tensors) in _resolve(model, packed).items():
-            scheme = self.fmt.read_config(self.config, name)
-            if path is None:
-                raise LowbitError(f"{name} is packed, and the model has no such linear layer")
-            if isinstance(path, _Merged):
-                if self.merged.setdefault(path.target, scheme) != scheme:
-                    raise LowbitError(f"{name}: parts of {path.target} must share a scheme")
-                continue
-            self._replace(model, name, path, tensors, scheme)
+        packed = placement.packed_layers(checkpoint_files or (), self.fmt.TENSORS)
+        if not packed:
+            raise LowbitError(f"the checkpoint says {self.format_name} and holds no packed layer")
+        places = placement.find_places(model, packed)
+        schemes = {name: self.fmt.read_config(self.config, name) for name in packed}
+        for name, path in places.linear.items():
+            self._replace(model, name, path, packed[name], schemes[name])
+        for path, stack in places.experts.items():
+            self._replace_experts(model, path, stack, packed, schemes)
+        for name, target in places.merged.items():
+            if self.merged.setdefault(target, schemes[name]) != schemes[name]:
+                raise LowbitError(f"{name}: parts of {target} must share a scheme")
+        self.merged_patterns = places.patterns
         if self.merged:
             warnings.warn(
                 f"lowbit: {len(self.merged)} merged parameters ({next(iter(self.merged))}, ...) are "
-                "dequantized while loading: stacked experts don't stay packed",
+                "dequantized while loading: lowbit can't keep this kind packed",
                 stacklevel=2,
             )
         return model
@@ -173,11 +167,13 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         del unused
         read: list[Tensor] = []
-        for layer in quant_layers(model):
+        for layer in packed_modules(model):
             layer.requires_grad_(False)
             layer.prepare()
-            if layer.operand is not None and layer.operand.layout != STREAM:
-                read += layer.tensors().values()
+            tensors = layer.tensors().values()
+            shared = {tensor.data_ptr() for tensor in tensors}
+            if layer.operands and not any(operand.packed.data_ptr() in shared for operand in layer.operands):
+                read += tensors
             if sum(tensor.nbytes for tensor in read) > _RELEASED_AT_ONCE:
                 pages.release(read)
                 read = []
@@ -195,6 +191,14 @@ class LowbitQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, Any]:
         """What transformers runs before it merges parameters."""
         return {"dequantize": Dequantize}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """`Dequantize` before the merges that need it, and before no others."""
+        updated: list[Any] = []
+        for entry in weight_conversions:
+            dense = self.merged_patterns.intersection(entry.source_patterns)
+            updated += super().update_weight_conversions([entry], model) if dense else [entry]  # type: ignore
+        return updated
 
     def is_serializable(self) -> bool:
         """Can it be saved as it was? Not if something was merged."""
@@ -219,24 +223,9 @@ class LowbitQuantizer(HfQuantizer):
                 linear.weight = nn.Parameter(layer.dense(dtype or layer.dtype), requires_grad=False)
                 linear.bias = layer.bias
                 model.set_submodule(name, linear)
+            elif isinstance(layer, QuantExperts):
+                model.set_submodule(name, layer.dense(dtype or layer.dtype))
         return model
-
-    def _packed_layers(self, files: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-        """Tensors on the meta device, by suffix, of every packed layer, by its name on disk."""
-        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for file in files:
-            if not str(file).endswith(".safetensors"):
-                raise LowbitError(f"{file} is no safetensors file: convert the checkpoint")
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                    name, _, suffix = key.rpartition(".")
-                    if suffix in self.fmt.TENSORS:
-                        piece = opened.get_slice(key)
-                        dtype = _DTYPES.get(piece.get_dtype(), torch.float32)
-                        found[name][suffix] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
-        if not found:
-            raise LowbitError(f"the checkpoint says {self.format_name} and holds no packed layer")
-        return found
 
     def _replace(
         self, model: PreTrainedModel, name: str, path: str, tensors: dict[str, Tensor], scheme: QuantScheme
@@ -252,36 +241,41 @@ class LowbitQuantizer(HfQuantizer):
         model.set_submodule(path, new)
         getattr(model, "all_tied_weights_keys", {}).pop(f"{path}.weight", None)
 
-
-class _Merged:
-    """What a packed layer becomes a part of."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-
-def _resolve(
-    model: PreTrainedModel, packed: Mapping[str, dict[str, Tensor]]
-) -> dict[str, tuple[str | _Merged | None, dict[str, Tensor]]]:
-    """Where every packed layer belongs in the model: a module's path, a merged parameter, or nowhere."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    found: dict[str, tuple[str | _Merged | None, dict[str, Tensor]]] = {}
-    for name, tensors in packed.items():
-        key = f"{name}.weight"
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if target not in known and key in known:
-            target, pattern = key, None
-        place = None if target not in known else target.removesuffix(".weight")
-        found[name] = (place if place is None or pattern is None else _Merged(target), tensors)
-    return found
+    def _replace_experts(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        stack: placement.Stack,
+        packed: Mapping[str, dict[str, Tensor]],
+        schemes: Mapping[str, QuantScheme],
+    ) -> None:
+        old, weights = model.get_submodule(path), {}
+        for parameter, parts in stack.parts.items():
+            experts, rows, columns = getattr(old, parameter).shape
+            for key in (f"{expert}.{part}" for expert in range(experts) for part in parts):
+                name, first = stack.names[key], stack.names[f"0.{parts[0]}"]
+                if schemes[name] != schemes[first]:
+                    raise LowbitError(f"{name}: parts of {path}.{parameter} must share a scheme")
+                weights[key] = PackedWeight(
+                    name,
+                    rows // len(parts),
+                    columns,
+                    packed[name],
+                    schemes[name],
+                    self.format_name,
+                    self.config,
+                )
+        model.set_submodule(path, QuantExperts(old, stack.parts, weights, self.dtype))
 
 
 def quant_layers(model: nn.Module) -> list[QuantLinear]:
-    """Every packed layer of a model."""
+    """Every packed linear layer of a model."""
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def packed_modules(model: nn.Module) -> list[QuantLinear | QuantExperts]:
+    """Every module of a model that multiplies by packed weights."""
+    return [module for module in model.modules() if isinstance(module, QuantLinear | QuantExperts)]
 
 
 def _speed_up_dense_layers(model: PreTrainedModel) -> None:

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from lowbit import hf
 from lowbit.errors import LowbitError
 from lowbit.hardware import find_device, peak_memory
-from lowbit.nn import QuantLinear
+from lowbit.nn import PackedWeight
+from lowbit.quantizer import packed_modules
 
 _RAPL = Path("/sys/class/powercap")
 
@@ -212,10 +213,11 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """Memory of all weights as they are multiplied; the input embedding counts only where it is tied."""
     seen, total = set(), 0
     embedding = getattr(model.get_input_embeddings(), "weight", None)
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear) and layer.operand is not None:
-            total += layer.operand.nbytes
-            seen |= {id(getattr(layer, suffix)) for suffix in layer.suffixes}
+    for module in packed_modules(model):
+        if module.operands:
+            total += sum(operand.nbytes for operand in module.operands)
+            weights = (layer for layer in module.modules() if isinstance(layer, PackedWeight))
+            seen |= {id(getattr(layer, suffix)) for layer in weights for suffix in layer.suffixes}
     tied = getattr(model.get_output_embeddings(), "weight", None) is embedding
     if embedding is not None and not tied:
         seen.add(id(embedding))

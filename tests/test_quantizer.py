@@ -130,17 +130,6 @@ def test_offloaded_to_disk(checkpoint: Callable[..., Path], tmp_path: Path) -> N
     assert distance(logits(model), logits(lowbit.load(folder))) < TOLERANCE
 
 
-def test_experts_are_dequantized_and_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    for family in ("mixtral", "qwen3_moe"):
-        folder = checkpoint(family, QuantScheme(4, 32))
-        with pytest.warns(UserWarning, match="merged parameters .*experts.* dequantized"):
-            model = lowbit.load(folder)
-        assert quant_layers(model)
-        assert distance(logits(model), logits(lowbit.load(folder, packed=False))) < TOLERANCE
-        with pytest.raises(ValueError, match="not serializable"):
-            model.save_pretrained(tmp_path / family)
-
-
 def test_float16_checkpoint_runs_in_bfloat16_on_a_cpu(checkpoint: Callable[..., Path]) -> None:
     with pytest.warns(UserWarning, match="float16 is slow on a CPU"):
         model = lowbit.load(checkpoint(), dtype=torch.float16)

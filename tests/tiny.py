@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
@@ -71,10 +72,28 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         Qwen3MoeConfig,
         {**_MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
     ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            **_MOE,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+        },
+    ),
 }
-FAMILIES = tuple(_CONFIGS)
+FAMILIES = tuple(family for family in _CONFIGS if family != "deepseek_v3")  # that one is for loading only
 BOS_FAMILIES = frozenset({"llama", "gemma3", "mistral", "mixtral", "opt"})
-CHAT_FAMILIES = frozenset(FAMILIES) - {"gpt2", "opt"}
+CHAT_FAMILIES = frozenset(_CONFIGS) - {"gpt2", "opt"}
 
 
 def make_tokenizer(with_bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
@@ -151,6 +170,9 @@ def make_model(
     tokenizer = make_tokenizer(family in BOS_FAMILIES, family in CHAT_FAMILIES)
     model = AutoModelForCausalLM.from_config(make_config(family, tied=tied), dtype=dtype)
     randomize(model, seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # float32 in checkpoints of whatever dtype
+            buffer.data = buffer.data.float()
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     tokenizer.save_pretrained(folder)
