@@ -1,0 +1,321 @@
+"""Other quantizers on one model, the same tokens and the same evaluation, as a Markdown table.
+
+    python scripts/compare_peers.py MODEL --group-size 64 --calibration train.txt --text test.txt:16
+
+Every peer gets an environment of its own under `--environments`, made at its first run from the
+pinned list below. `scripts/peers/*.py` run inside it, one process for each run: they read MODEL and
+the calibration tokens (drawn once, by lowbit's own code) and leave the dequantized model as dense
+bfloat16, which `lowbit eval` compares with MODEL. lowbit's own runs (`--only lowbit`) quantize with
+the same tokens and are evaluated from their packed checkpoint.
+
+CPU seconds run from reading the model to its quantized weights; a run on a model of one block comes
+first, so that what a peer compiles once is not counted. Results are appended to `--results` as JSON
+lines, and a run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+TORCH = "torch==2.13.0"
+
+
+class Peer(NamedTuple):
+    """How a peer is installed, and the script that runs it."""
+
+    script: str
+    requirements: list[str]
+    alone: tuple[str, ...] = ()  # installed without their own requirements
+
+
+PEERS = {
+    "llmcompressor": Peer("llm_compressor.py", ["llmcompressor==0.14.0.1"]),
+    # It asks for a newer torch than the others run with, and does not need it here.
+    "gptqmodel": Peer(
+        "gptq_model.py",
+        ["transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "torchao==0.18.0",
+         "defuser==0.0.28", "device-smi==0.5.7", "logbar==0.4.15", "maturin==1.16.0", "ninja==1.13.2",
+         "pillow==13.0.0", "protobuf==7.36.2", "pypcre==0.6.4", "requests==2.34.2", "setuptools==84.2.1",
+         "threadpoolctl==3.8.0", "tokenicer==0.0.14", "wheel==0.48.0"],
+        ("gptqmodel==7.7.0",),
+    ),
+    "auto-round": Peer("autoround.py", ["auto-round==0.16.1"]),
+    "hqq": Peer("hqq_linear.py", ["hqq==0.2.8.post1"]),
+    "bitsandbytes": Peer("bnb.py", ["bitsandbytes==0.50.2", "safetensors==0.8.0"]),
+    "llama.cpp": Peer("llama_cpp.py", ["gguf==0.19.0", "safetensors==0.8.0"]),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One row: a peer's method under one scheme. `group_size` 0 stands for `--group-size`."""
+
+    peer: str
+    method: str
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        return f"{self.peer}-{self.method}-{self.bits}-{'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+def both(peer: str, method: str, bits: int = 4) -> list[Run]:
+    """The same with and without zeros."""
+    return [Run(peer, method, bits, symmetric) for symmetric in (False, True)]
+
+
+RUNS = [
+    *both("llmcompressor", "rtn"),
+    Run("hqq", "hqq"),
+    Run("bitsandbytes", "nf4", symmetric=True, group_size=64),
+    Run("bitsandbytes", "nf4-double", symmetric=True, group_size=64),
+    Run("llama.cpp", "Q4_0", symmetric=True, group_size=32),
+    Run("llama.cpp", "Q4_1", group_size=32),
+    *both("auto-round", "rtn"),
+    *both("llmcompressor", "gptq"),
+    *both("gptqmodel", "gptq"),
+    *both("llmcompressor", "awq"),
+    *both("llmcompressor", "imatrix"),
+    *both("auto-round", "signround"),
+    *(Run(*peer, bits=bits) for bits in (3, 2) for peer in (
+        ("llmcompressor", "gptq"), ("gptqmodel", "gptq"), ("llmcompressor", "awq"), ("hqq", "hqq"),
+        ("auto-round", "rtn"), ("auto-round", "signround"), ("llmcompressor", "rtn"),
+    )),
+    *(run for method in ("rtn", "awq", "gptq") for run in both("lowbit", method)),
+    Run("lowbit", "gptq", 3),
+    Run("lowbit", "gptq", 2),
+]  # fmt: skip
+COLUMNS = "peer | method | scheme | bits/weight | text | ppl ratio | KL | top-1 | CPU s | peak GB"
+MARKERS = ("<!-- peers: begin -->\n", "<!-- peers: end -->")
+
+
+def environment(name: str, folder: Path) -> Path:
+    """Python of a peer's environment, made at the first call."""
+    python, done = folder / "bin" / "python", folder / ".installed"
+    if not done.exists():
+        peer = PEERS[name]
+        print(f"{name}: installing into {folder}", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, TORCH], check=True)
+        subprocess.run([*install, TORCH, *peer.requirements], check=True)
+        if peer.alone:
+            subprocess.run([*install, "--no-deps", *peer.alone], check=True)
+        done.touch()
+    return python
+
+
+def last_json(command: list[Any]) -> dict[str, Any]:
+    """Run a command, its chatter to stderr, and read the JSON object that it prints last."""
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True, text=True)
+    chatter, _, line = done.stdout.rstrip().rpartition("\n")
+    print(chatter, file=sys.stderr)
+    result: dict[str, Any] = json.loads(line)
+    return result
+
+
+def lowbit(*words: Any) -> dict[str, Any]:
+    """Run one lowbit command and read what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", *map(str, words), "--json"], stdout=subprocess.PIPE, check=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def save_tokens(options: argparse.Namespace, target: Path) -> None:
+    """Draw the calibration tokens exactly as `lowbit quantize` does, int64 `[samples, seq_len]`."""
+    from lowbit import hf
+    from lowbit.dataset import characters_for, pack_tokens, read_documents
+
+    documents = read_documents(
+        options.calibration, max_characters=characters_for(options.samples, options.seq_len)
+    )
+    tokenizer = hf.load_tokenizer(options.model)
+    np.save(target, pack_tokens(documents, tokenizer, options.samples, options.seq_len, options.seed).numpy())
+
+
+def save_tiny(tokenizer_of: Path, folder: Path) -> Path:
+    """A random model of one block and a few tokens for it, to warm a peer up with."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, dtype="bfloat16",
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "tiny")
+    for file in tokenizer_of.glob("tokenizer*"):
+        shutil.copy(file, folder / "tiny")
+    np.save(folder / "tiny.npy", np.random.default_rng(0).integers(3, 256, (8, 64)))
+    return folder / "tiny"
+
+
+def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run a peer; `folder / "made"` becomes its dequantized model."""
+    home = (options.environments / run.peer).resolve()
+    script = [environment(run.peer, home), HERE / "peers" / PEERS[run.peer].script]
+    method = [
+        "--method",
+        run.method,
+        "--bits",
+        run.bits,
+        "--symmetric" if run.symmetric else "--no-symmetric",
+    ]
+    group_size = run.group_size or options.group_size
+    warmed = home / f".warm-{run.method}-{run.bits}"
+    if not warmed.exists():
+        tiny = save_tiny(Path(options.model), folder)
+        last_json(
+            [
+                *script,
+                tiny,
+                folder / "warm",
+                folder / "tiny.npy",
+                *method,
+                "--group-size",
+                min(group_size, 64),
+            ]
+        )
+        warmed.touch()
+    tokens = folder / "tokens.npy"
+    save_tokens(options, tokens)
+    return last_json([*script, options.model, folder / "made", tokens, *method, "--group-size", group_size])
+
+
+def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """lowbit itself; `folder / "made"` is its packed checkpoint."""
+    made = lowbit(
+        "quantize", options.model, "--output", folder / "made", "--method", run.method, "--bits", run.bits,
+        "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
+        "--dataset", options.calibration, "--samples", options.samples, "--seq-len", options.seq_len,
+        "--seed", options.seed,
+    )  # fmt: skip
+    parts = [part for part in lowbit("inspect", folder / "made")["parts"] if part["quantized"]]
+    from lowbit import __version__
+
+    return {
+        "version": __version__, "cpu_seconds": made["cpu_seconds"], "seconds": made["seconds"]["all"],
+        "peak_memory": made["peak_memory"],
+        "bits_per_weight": 8 * sum(p["bytes"] for p in parts) / sum(p["weights"] for p in parts),
+    }  # fmt: skip
+
+
+def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize once and evaluate on every text."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        spent = (quantize_ours if run.peer == "lowbit" else quantize)(run, options, folder)
+        found = {}
+        for text in options.text:
+            file, _, windows = text.rpartition(":")
+            found[Path(file).stem] = lowbit(
+                "eval", folder / "made", "--reference", options.model, "--dataset", file,
+                "--seq-len", options.eval_seq_len, "--windows", windows,
+            )  # fmt: skip
+    return {**spent, "group_size": run.group_size or options.group_size, "texts": found}
+
+
+def scheme_name(result: dict[str, Any]) -> str:
+    """Such as `w4g64 asym`."""
+    return f"w{result['bits']}g{result['group_size']} {'sym' if result['symmetric'] else 'asym'}"
+
+
+def rows(result: dict[str, Any]) -> list[str]:
+    """A result's lines of the table, one for each text."""
+    found = []
+    for text, score in result["texts"].items():
+        cells = [
+            f"{result['peer']} {result['version']}", result["method"], scheme_name(result),
+            f"{result['bits_per_weight']:.2f}", text,
+            f"{score['perplexity_ratio']:.3f} ± {score['perplexity_ratio_se']:.3f}",
+            f"{score['kl']:.4f} ± {score['kl_se']:.4f}", f"{score['top1_agreement']:.3f}",
+            f"{result['cpu_seconds']:.0f}", f"{result['peak_memory'] / 1e9:.2f}",
+        ]  # fmt: skip
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """All results as Markdown: a table for each model and width, the best divergence first."""
+    groups = sorted({(r["model"], -r["bits"]) for r in results})
+    blocks = []
+    for model, bits in groups:
+        chosen = [r for r in results if (r["model"], -r["bits"]) == (model, bits)]
+        chosen.sort(key=lambda r: next(iter(r["texts"].values()))["kl"])
+        lines = [f"**{model}, {-bits} bits**", "", f"| {COLUMNS} |", "|---" * (COLUMNS.count("|") + 1) + "|"]
+        blocks.append("\n".join([*lines, *(line for result in chosen for line in rows(result))]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def between_markers(page: str, text: str) -> str:
+    """`page` with `text` in place of what stands between the markers.
+
+    Raises:
+        SystemExit: the page has no markers.
+    """
+    begin, end = (page.find(marker) for marker in MARKERS)
+    if begin < 0 or end < begin:
+        raise SystemExit(f"the page lacks the lines {MARKERS[0].strip()} and {MARKERS[1]}")
+    return f"{page[: begin + len(MARKERS[0])]}\n{text}\n{page[end:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder; without it only the table is made")
+    parser.add_argument("--calibration", help="calibration text, never the evaluation text")
+    parser.add_argument("--text", nargs="+", help="evaluation texts, FILE:WINDOWS")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-seq-len", type=int, default=2048)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="runs such as hqq-hqq-4-asymmetric, or their beginnings"
+    )
+    parser.add_argument("--environments", type=Path, default=Path("peer-environments"))
+    parser.add_argument("--results", type=Path, default=Path("compare_peers.jsonl"))
+    parser.add_argument("--docs", type=Path, help="page that gets the table between its markers")
+    options = parser.parse_args()
+    text = options.results.read_text() if options.results.exists() else ""
+    known = [json.loads(line) for line in text.splitlines()]
+    names = ("calibration", "samples", "seq_len", "seed", "text", "eval_seq_len")
+    settings = {name: getattr(options, name) for name in names}
+    failed = []
+    for run in RUNS if options.model else []:
+        key = {"model": Path(options.model).name, **run._asdict(), "settings": settings}
+        key["group_size"] = run.group_size or options.group_size
+        if options.only and not run.name.startswith(tuple(options.only)):
+            continue
+        if any(all(result.get(name) == value for name, value in key.items()) for result in known):
+            continue
+        print(f"{key['model']}: {run.name}", file=sys.stderr)
+        try:
+            result = key | measure(run, options)
+        except subprocess.CalledProcessError as error:
+            failed.append(f"{run.name}: {Path(error.cmd[1]).name} ended with {error.returncode}")
+            continue
+        known.append(result)
+        with options.results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    print(table(known))
+    if options.docs:
+        options.docs.write_text(between_markers(options.docs.read_text(), table(known)))
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
