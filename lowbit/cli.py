@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit import __version__
-from lowbit.commands import bench, evaluate, generate, inspect, quantize
+from lowbit.commands import bench, doctor, evaluate, generate, inspect, quantize
 from lowbit.errors import LowbitError
 
 COMMANDS = {
@@ -22,15 +22,27 @@ COMMANDS = {
     "inspect": inspect,
     "generate": generate,
     "bench": bench,
+    "doctor": doctor,
 }
 """Every command: its name, and the module with its `run` and its `EXAMPLES`."""
+
+OVERVIEW = {
+    "make a model small": ("lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",),
+    "see what it cost": ("lowbit eval qwen3-8b-w4 --reference Qwen/Qwen3-8B",),
+    "see what is in it": ("lowbit inspect qwen3-8b-w4",),
+    "use it": (
+        "lowbit generate qwen3-8b-w4 --prompt 'Why is the sky blue?'",
+        "vllm serve qwen3-8b-w4",
+    ),
+    "see how fast it is": ("lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B",),
+}
+"""The five things one does with lowbit, shown where it is called without a command."""
 
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="lowbit",
     help="Quantize the weights of language models to a few bits, in formats that load everywhere.",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,10 +52,24 @@ for _name, _module in COMMANDS.items():
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _without_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         typer.echo(f"lowbit {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(_overview())
+
+
+def _overview() -> str:
+    lines = [f"lowbit {__version__}: language models in a few bits, in formats that load everywhere", ""]
+    for what, examples in OVERVIEW.items():
+        for title, example in zip([what, *[""] * len(examples)], examples, strict=False):
+            lines.append(f"  {title:<20}{example}")
+    lines += ["", "lowbit --help lists the commands, lowbit COMMAND --help shows options and examples,"]
+    return "\n".join([*lines, "lowbit doctor what works on this machine."])
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -54,7 +80,7 @@ def main() -> None:
     """Entry point of the `lowbit` command."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="lowbit", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
@@ -65,11 +91,17 @@ def main() -> None:
         _fail(str(error), 2)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
-            _fail(error.format_message(), error.exit_code)
+            _fail(_usage(error), error.exit_code)
         if type(error).__name__ == "VerificationError":
             _fail(str(error), 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What click says of a wrong command line, with the command whose `--help` says what is right."""
+    message = error.format_message().rstrip(".")
+    return f"{message} (see {error.ctx.command_path} --help)" if message and error.ctx else message
 
 
 def _fail(message: str, code: int) -> None:

@@ -169,6 +169,8 @@ def bench(
     Raises:
         LowbitError: a model can't be loaded.
     """
+    for model in models:
+        hf.quantization_of(model)  # refuses what is not there before minutes go into the others
     results = []
     for model in models:
         fresh = multiprocessing.get_context("spawn")

@@ -51,7 +51,7 @@ def checkpoint(tiny_model: Folders, tmp_path_factory: pytest.TempPathFactory) ->
 def test_help_shows_examples(run: Run, command: str, flag: str) -> None:
     code, out, err = run(command, flag)
     assert (code, err) == (0, "")
-    examples = [line for line in out.splitlines() if line.strip().startswith(f"lowbit {command} ")]
+    examples = [line for line in out.splitlines() if line.strip().startswith(f"lowbit {command}")]
     assert len(examples) >= 2
 
 
