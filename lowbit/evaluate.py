@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,9 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbit import hf
 from lowbit.dataset import evaluation_windows, read_documents
+from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
 
 Progress: TypeAlias = Callable[[int, int], None]
+Logits: TypeAlias = Callable[[int, Tensor], Tensor]
 
 CHUNK_BYTES = 2**26  # of float32 logits normalized at a time
 
@@ -89,6 +91,7 @@ def perplexity(
     windows: int | None = None,
     split: str = "test",
     progress: Progress | None = None,
+    divergence: Divergence | None = None,
 ) -> Result:
     """Evaluate a model on a text, and against the original model if one is given.
 
@@ -101,6 +104,7 @@ def perplexity(
         windows: Evaluate the first so many windows; None takes the whole text.
         split: Split of a hub dataset where `text` names none.
         progress: Called with (windows done, windows in all).
+        divergence: Told of the divergence at every token.
 
     Raises:
         LowbitError: the text, a model or its tokenizer can't be read, the text is shorter than one
@@ -117,34 +121,40 @@ def perplexity(
     tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
     loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False)
     original = hf.load(reference, packed=False) if isinstance(reference, str | Path) else reference
-    return compare(loaded, original, tokens, progress)
+    return compare(loaded, original, tokens, progress, divergence)
 
 
 def compare(
     model: PreTrainedModel,
-    reference: PreTrainedModel | None,
+    reference: PreTrainedModel | Logits | None,
     windows: Tensor,
     progress: Progress | None = None,
+    divergence: Divergence | None = None,
 ) -> Result:
     """Evaluate `model` on token windows, against `reference` unless that is None.
 
     Args:
         model: A causal language model in evaluation mode.
-        reference: The original, with the same vocabulary; may be on another device.
+        reference: The original, with the same vocabulary; may be on another device. Or a function from
+            the number of a window and the window to the original's logits, `[seq_len - 1, vocabulary]`.
         windows: int64 `[n, seq_len]`.
         progress: Called with (windows done, windows in all).
+        divergence: Told of the divergence at every token; needs a reference.
 
     Raises:
         LowbitError: a model is in training mode, its context is shorter than a window, its logits
             are NaN, or the vocabularies differ.
     """
     for one in (model, reference):
-        if one is not None:
+        if isinstance(one, PreTrainedModel):
             _check_model(one, windows.shape[1])
     start = time.perf_counter()
     rows = []
     for index, window in enumerate(windows):
-        rows.append(_evaluate_window(model, reference, window))
+        tokens = _evaluate_window(model, reference, index, window)
+        rows.append(tokens.means())
+        if divergence is not None and reference is not None:
+            divergence.add(index, window, tokens.kl, tokens.reference_top, tokens.top)
         if progress:
             progress(index + 1, len(windows))
     count, seq_len = windows.shape
@@ -170,43 +180,65 @@ def compare(
     )
 
 
+class _Tokens(NamedTuple):
+    """What both models make of every token; `[tokens]` each, those of a missing reference empty."""
+
+    nll: Tensor
+    reference_nll: Tensor
+    kl: Tensor
+    top: Tensor
+    reference_top: Tensor
+
+    def means(self) -> tuple[float, float, float, float]:
+        """Nll, nll of the reference, divergence, agreement; 0 without a reference."""
+        if not len(self.kl):
+            return self.nll.mean().item(), 0.0, 0.0, 0.0
+        same = (self.top == self.reference_top).double()
+        return (
+            self.nll.mean().item(),
+            self.reference_nll.mean().item(),
+            self.kl.mean().item(),
+            same.mean().item(),
+        )
+
+
 def _evaluate_window(
-    model: PreTrainedModel, reference: PreTrainedModel | None, window: Tensor
-) -> tuple[float, float, float, float]:
-    """Means over one window: nll, nll of the reference, divergence, agreement (0 without a reference)."""
+    model: PreTrainedModel, reference: PreTrainedModel | Logits | None, index: int, window: Tensor
+) -> _Tokens:
     logits = _logits(model, window)
     if reference is None:
         others = logits[:0]
     else:
-        others = _logits(reference, window).to(logits.device)
+        others = (
+            _logits(reference, window) if isinstance(reference, PreTrainedModel) else reference(index, window)
+        ).to(logits.device)
         if others.shape != logits.shape:
             raise LowbitError(
                 f"{_name(model)} has {logits.shape[-1]} logits and {_name(reference)} {others.shape[-1]}: "
                 "compare a model with the one it was made from"
             )
     targets = window[1:].to(logits.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
     step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-    for begin in range(0, len(logits), step):
-        chunk = slice(begin, begin + step)
-        sums += _token_sums(logits[chunk], others[chunk], targets[chunk])
-    nll, reference_nll, kl, top1 = (sums / len(logits)).tolist()
-    return nll, reference_nll, kl, top1
+    parts = [part.split(step) for part in (logits, others, targets)]
+    if reference is None:
+        parts[1] = (others,) * len(parts[0])
+    chunks = [_token_values(*chunk) for chunk in zip(*parts, strict=True)]
+    return _Tokens(*map(torch.cat, zip(*chunks, strict=True)))
 
 
-def _token_sums(logits: Tensor, others: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a few tokens, float64 `[4]`; `logits, others [tokens, vocabulary]`, `others` may be empty."""
+def _token_values(logits: Tensor, others: Tensor, targets: Tensor) -> _Tokens:
+    """Of a few tokens; `logits, others [tokens, vocabulary]`, `others` may be empty. Sums in float64."""
     q = logits.float().log_softmax(-1)
-    nll = -q.gather(1, targets[:, None]).double().sum()
+    nll = -q.gather(1, targets[:, None])[:, 0].double()
+    top = logits.argmax(-1)
     if not len(others):
-        return torch.stack([nll, *nll.new_zeros(3)])
+        return _Tokens(nll, nll[:0], nll[:0], top, top[:0])
     p = others.float().log_softmax(-1)
-    other_nll = -p.gather(1, targets[:, None]).double().sum()
+    other_nll = -p.gather(1, targets[:, None])[:, 0].double()
     mass = p.exp()
     # A token that the original rules out (a logit of -inf) adds nothing, and -inf - -inf is no number.
-    divergence = torch.where(mass > 0, mass * (p - q), 0).sum(-1).double().sum()
-    agreement = (logits.argmax(-1) == others.argmax(-1)).double().sum()
-    return torch.stack([nll, other_nll, divergence, agreement])
+    kl = torch.where(mass > 0, mass * (p - q), 0).sum(-1).double()
+    return _Tokens(nll, other_nll, kl, top, others.argmax(-1))
 
 
 @torch.inference_mode()
@@ -226,7 +258,9 @@ def _check_model(model: PreTrainedModel, seq_len: int) -> None:
         raise LowbitError(f"windows of {seq_len} tokens exceed the {longest} positions of {_name(model)}")
 
 
-def _name(model: PreTrainedModel) -> str:
+def _name(model: PreTrainedModel | Logits) -> str:
+    if not isinstance(model, PreTrainedModel):
+        return "the original"
     return model.config.name_or_path or type(model).__name__
 
 

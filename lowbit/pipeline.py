@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import checkpoint
+from lowbit import beside, checkpoint
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, rtn
 from lowbit.batches import find_batches
@@ -55,6 +55,7 @@ def quantize(
     overwrite: bool = False,
     verify_output: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quantized_by: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a causal language model into a checkpoint that stock loaders read.
@@ -80,6 +81,7 @@ def quantize(
         overwrite: Replace an existing checkpoint.
         verify_output: Read the result back and compare it before it gets its name.
         tokenizer: Only for a loaded model without a folder of its own.
+        quantized_by: Who publishes the checkpoint, for the model card.
         progress: Told about every step.
 
     Returns:
@@ -100,7 +102,7 @@ def quantize(
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
     started, cpu = time.monotonic(), time.process_time()
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
-    checkpoint.check_target(target, getattr(model, "name_or_path", str(model)), overwrite)
+    checkpoint.check_target(target, _name(model), overwrite)
     shard_bytes = checkpoint.parse_size(max_shard_size)
     where = find_device(device)
     with checkpoint.scratch_beside(target) as scratch:
@@ -111,14 +113,15 @@ def quantize(
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
         batches = find_batches(opened, report, method, dataset, samples, seq_len, seed, told)
-        report.seconds["calibration data"] = time.monotonic() - started
+        report.end_stage("calibration data", time.monotonic() - started)
         road = _Road(opened, plan, fmt, report, where, told)
         road.write(scratch / "checkpoint", shard_bytes, batches)
         if verify_output:
             road.verify(scratch / "checkpoint", batches[-1])
+        report.seconds["all"] = time.monotonic() - started
+        report.cpu_seconds = time.process_time() - cpu
+        beside.after_quantize(scratch / "checkpoint", report, _name(model), folder, quantized_by)
         checkpoint.put_in_place(scratch / "checkpoint", target)
-    report.seconds["all"] = time.monotonic() - started
-    report.cpu_seconds = time.process_time() - cpu
     return report
 
 
@@ -170,7 +173,7 @@ class _Road:
         self.logits = stream.logits(len(batches) - 1)
         stream.hidden.clear()
         self._finish(writer, head)
-        self.report.seconds["quantization"] = time.monotonic() - started
+        self.report.end_stage("quantization", time.monotonic() - started)
 
     def _copy(self, writer: CheckpointWriter, key: str, tensor: Tensor | None = None) -> None:
         original = self.source.read(key)
@@ -234,7 +237,11 @@ class _Road:
         self.source.release()
         self.report.verification = verify(folder, self.report.format, ids, logits, self.fingerprints)
         self.progress("verify", 1, 1, "verified")
-        self.report.seconds["verification"] = time.monotonic() - started
+        self.report.end_stage("verification", time.monotonic() - started)
+
+
+def _name(model: str | Path | PreTrainedModel) -> str:
+    return str(getattr(model, "name_or_path", model))
 
 
 def _silent(stage: str, done: int, total: int, detail: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from lowbit.hardware import peak_memory
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Report:
         output_bytes: Size of the written weights.
         seconds: Wall seconds by stage.
         cpu_seconds: CPU seconds of the process.
+        memory: Largest resident size of the process up to the end of a stage, in bytes, by stage.
+        plan: What a budget chose, where there was one: `{"budget": text, "achieved": text, "rows":
+            [{"name", "scheme", "bits", "sensitivity"}, ...]}`, one row per group of matrices.
     """
 
     output: Path
@@ -76,6 +82,13 @@ class Report:
     output_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+
+    def end_stage(self, name: str, seconds: float) -> None:
+        """Note how long a stage took, and the memory needed until now."""
+        self.seconds[name] = seconds
+        self.memory[name] = peak_memory()
 
     @property
     def calibration_used(self) -> bool:

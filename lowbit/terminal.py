@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -109,8 +109,8 @@ def _verification(report: Report) -> str:
     return f"read back by {found.loader}: {same}"
 
 
-def show_result(console: Console, result: Result) -> None:
-    """The result of `lowbit eval`."""
+def show_result(console: Console, result: Result, notes: Sequence[str] = ()) -> None:
+    """The result of `lowbit eval`, and what became of the checkpoint's report."""
     facts = {"perplexity": _with_error(result.perplexity, result.perplexity_se, 3)}
     if result.kl is not None:
         facts |= {
@@ -121,6 +121,8 @@ def show_result(console: Console, result: Result) -> None:
         }
     facts["measured on"] = f"{result.tokens} tokens in {result.windows} windows, {result.seconds:.0f} s"
     _facts(console, facts)
+    for note in notes:
+        _line(console, "[dim]report[/]", note)
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -122,13 +122,13 @@ def test_chunks_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch, row
     model, reference, windows = perturbed(folder), load(folder), windows_for(folder)
     whole = compare(model, reference, windows)
     sizes: list[int] = []
-    token_sums = evaluate._token_sums
+    token_values = evaluate._token_values
 
-    def spy(logits: Tensor, others: Tensor, targets: Tensor) -> Tensor:
+    def spy(logits: Tensor, others: Tensor, targets: Tensor) -> evaluate._Tokens:
         sizes.append(len(logits))
-        return token_sums(logits, others, targets)
+        return token_values(logits, others, targets)
 
-    monkeypatch.setattr(evaluate, "_token_sums", spy)
+    monkeypatch.setattr(evaluate, "_token_values", spy)
     monkeypatch.setattr(evaluate, "CHUNK_BYTES", 4 * 352 * rows)
     parts = compare(model, reference, windows)
     assert max(sizes) == rows
@@ -147,9 +147,9 @@ def test_one_window_has_no_standard_error(folder: Path) -> None:
 def test_a_token_that_the_original_rules_out_adds_nothing() -> None:
     logits = torch.tensor([[0.0, 1.0, -math.inf], [2.0, 0.0, -math.inf]])
     targets = torch.tensor([0, 1])
-    nll, other_nll, kl, top1 = evaluate._token_sums(logits, logits, targets).tolist()
-    assert (kl, top1) == (0, 2)
-    assert nll == other_nll == pytest.approx(math.log(1 + math.e) + math.log(1 + math.exp(2)))
+    nll, other_nll, kl, top1 = evaluate._token_values(logits, logits, targets).means()
+    assert (kl, top1) == (0, 1)
+    assert 2 * nll == 2 * other_nll == pytest.approx(math.log(1 + math.e) + math.log(1 + math.exp(2)))
 
 
 def test_progress_and_json(folder: Path) -> None:

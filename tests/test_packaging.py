@@ -47,6 +47,12 @@ def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile, package: str,
     assert files - set(wheel.namelist()) == set()
 
 
+def test_every_template_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    files = {f"lowbit/templates/{path.name}" for path in (ROOT / "lowbit" / "templates").iterdir()}
+    assert "lowbit/templates/model_card.md.jinja" in files
+    assert files - set(wheel.namelist()) == set()
+
+
 def test_type_marker_and_licence(wheel: zipfile.ZipFile) -> None:
     assert "lowbit/py.typed" in wheel.namelist()
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())

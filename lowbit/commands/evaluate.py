@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -32,28 +33,50 @@ def run(
     dtype: Annotated[
         str, typer.Option(help="Precision: auto (the checkpoint's), bfloat16 or float32.")
     ] = "auto",
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Add the result to the checkpoint's report and card.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and what quantization changed: KL divergence and top-1 agreement."""
-    from lowbit import hf
+    from lowbit import beside, hf
+    from lowbit.divergence import Divergence
     from lowbit.evaluate import perplexity
     from lowbit.hardware import find_device, find_dtype
     from lowbit.terminal import progress_bar, show_result
 
     console, where = open_console(as_json), find_device(device)
+    divergence = Divergence()
     precision = dtype if dtype == "auto" else find_dtype(dtype, where)
     with progress_bar(console) as progress:
         original = hf.load(reference, packed=False, dtype=precision, device=where) if reference else None
-        result = perplexity(
+        loaded, tokenizer = (
             hf.load(model, packed=False, dtype=precision, device=where),
-            dataset,
             hf.load_tokenizer(model),
+        )
+        result = perplexity(
+            loaded,
+            dataset,
+            tokenizer,
             reference=original,
             seq_len=seq_len,
             windows=windows,
             progress=lambda done, total: progress("evaluate", done, total, "windows"),
+            divergence=divergence,
+        )
+    notes = []
+    if report:
+        notes = beside.after_eval(
+            Path(model),
+            {
+                "dataset": dataset,
+                "seq_len": seq_len,
+                "reference": reference,
+                "result": result.to_dict(),
+                "divergence": divergence.to_dict(tokenizer) if reference else None,
+            },
         )
     if as_json:
         print_json(result.to_dict())
     else:
-        show_result(console, result)
+        show_result(console, result, notes)

@@ -79,6 +79,10 @@ def run(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
     ] = True,
+    quantized_by: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Your name on the Hub, for the model card.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a checkpoint that transformers, vLLM and SGLang load."""
@@ -108,6 +112,7 @@ def run(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             verify_output=verify,
+            quantized_by=quantized_by,
             progress=progress,
         )
     if as_json:

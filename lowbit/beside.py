@@ -1,0 +1,76 @@
+"""What a run leaves beside the weights: the record, the page and the model card.
+
+The record (`lowbit_report.json`) is the truth; page and card are drawn from it. Loaders pass over all
+three. Only folders that hold a quantized checkpoint are written to: measuring an original model
+leaves its folder as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowbit import card, record, report
+from lowbit.errors import LowbitError
+from lowbit.inspection import inspect
+from lowbit.results import Report
+
+
+def after_quantize(
+    folder: Path, done: Report, model: str, source: Path, quantized_by: str | None = None
+) -> None:
+    """Describe a checkpoint that was just written.
+
+    Args:
+        folder: Where its files are (not yet under their final name).
+        done: What `quantize` did.
+        model: What it was given: a hub id, a folder, a file.
+        source: The folder that was quantized, for the licence and languages in its card.
+        quantized_by: Who publishes it.
+    """
+    kept = record.of_report(done, model, inspect(folder).parts, quantized_by)
+    kept["source"] = card.source_metadata(source)
+    report.write(kept, folder)
+    card.write(kept, folder)
+    record.save(kept, folder)  # last: it holds the digest of the card
+
+
+def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
+    """Add a measurement to what describes a checkpoint.
+
+    Args:
+        folder: A checkpoint folder, ours or another tool's.
+        evaluation: `dataset`, `seq_len`, `reference`, `result`, `divergence`.
+
+    Returns:
+        What the user should know: which files were written, and which were left alone and why.
+    """
+    if not is_quantized(folder):
+        return []
+    try:
+        kept = record.load(folder) or record.of_folder(folder, inspect(folder).parts)
+    except LowbitError as error:
+        return [f"no report: {error}"]
+    kept["name"] = folder.resolve().name
+    public = {
+        name: record.public(str(evaluation[name])) for name in ("dataset", "reference") if evaluation[name]
+    }
+    record.add_evaluation(kept, {**evaluation, **public, "run": record.this_run()})
+    try:
+        report.write(kept, folder)
+        note = card.write(kept, folder)
+        record.save(kept, folder)
+    except OSError as error:
+        return [f"no report: {folder} can't be written ({error.strerror})"]
+    return [f"{folder / report.NAME}", *([note] if note else [])]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Does the folder hold a checkpoint with a quantization of its own?"""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
