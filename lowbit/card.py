@@ -53,6 +53,7 @@ def render(record: Mapping[str, Any]) -> str:
     return environment.get_template("model_card.md.jinja").render(
         card_data=metadata(record).to_yaml(),
         name=record["name"],
+        repo=record.get("repo_id") or record["name"],
         model=record["model"],
         base_model=record["base_model"],
         lowbit_version=record["run"]["versions"].get("lowbit"),

@@ -162,6 +162,11 @@ class Chart:
         style = f"curve s{series % 8} d{series % 4}"
         SubElement(self.svg, "path", {"class": style, "d": "M" + "L".join(points)})
 
+    def line(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """A thin line that joins points."""
+        points = [f"{self._x(x):g} {self._y(y):g}" for x, y in zip(xs, ys, strict=True)]
+        SubElement(self.svg, "path", {"class": "join", "d": "M" + "L".join(points)})
+
     def mark(self, value: float, label: str, row: int = 0) -> None:
         """A vertical line at a value, with its name beside it on that row."""
         at, left = self._x(value), self.x.place(value) > 0.6

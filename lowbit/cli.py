@@ -13,16 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from lowbit import __version__
-from lowbit.commands import bench, doctor, evaluate, generate, inspect, quantize
+from lowbit.commands import bench, compare, doctor, evaluate, generate, inspect, push, quantize
 from lowbit.errors import LowbitError
 
 COMMANDS = {
     "quantize": quantize,
     "eval": evaluate,
+    "compare": compare,
     "inspect": inspect,
     "generate": generate,
     "bench": bench,
     "doctor": doctor,
+    "push": push,
 }
 """Every command: its name, and the module with its `run` and its `EXAMPLES`."""
 

@@ -147,7 +147,7 @@ def compare(
     """
     for one in (model, reference):
         if isinstance(one, PreTrainedModel):
-            _check_model(one, windows.shape[1])
+            check_model(one, windows.shape[1])
     start = time.perf_counter()
     rows = []
     for index, window in enumerate(windows):
@@ -250,7 +250,8 @@ def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     return logits
 
 
-def _check_model(model: PreTrainedModel, seq_len: int) -> None:
+def check_model(model: PreTrainedModel, seq_len: int) -> None:
+    """Raise `LowbitError` unless the model is in evaluation mode and takes windows of `seq_len` tokens."""
     if model.training:
         raise LowbitError(f"{_name(model)} is in training mode: call model.eval() first")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

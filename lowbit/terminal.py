@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,8 +22,10 @@ from rich.progress import (
 from rich.table import Table
 
 from lowbit.blocks import Progress as ProgressCallback
+from lowbit.comparison import Comparison
 from lowbit.evaluate import Result
 from lowbit.inspection import Inspection
+from lowbit.push import Upload
 from lowbit.results import Report
 from lowbit.speed import Speed
 
@@ -123,6 +126,39 @@ def show_result(console: Console, result: Result, notes: Sequence[str] = ()) -> 
     _facts(console, facts)
     for note in notes:
         _line(console, "[dim]report[/]", note)
+
+
+def show_comparison(console: Console, found: Comparison, page: Path) -> None:
+    """The result of `lowbit compare`, best first."""
+    table = Table(
+        "checkpoint", "stored as", "size", "bits/weight", "KL, nats", "ratio", "same top token", box=None
+    )
+    for model in sorted(found.models, key=lambda model: model.result.kl or 0.0):
+        result = model.result
+        table.add_row(
+            escape(model.name),
+            model.scheme,
+            _size(model.bytes),
+            f"{model.bits_per_weight:.2f}",
+            _with_error(result.kl, result.kl_se, 4),
+            _with_error(result.perplexity_ratio, result.perplexity_ratio_se, 4),
+            _with_error(result.top1_agreement, result.top1_agreement_se, 4),
+        )
+    console.print(table)
+    console.print()
+    measured = f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
+    _facts(console, {"original": found.reference, "measured on": measured, "page": str(page)})
+
+
+def show_upload(console: Console, upload: Upload) -> None:
+    """The result of `lowbit push`: the files, and where they are."""
+    table = Table("file", "size", box=None)
+    for name, size in upload.files:
+        table.add_row(escape(name), _size(size))
+    console.print(table)
+    console.print()
+    where = upload.url or f"{upload.repo_id} (--dry-run: nothing was sent)"
+    _facts(console, {"files": f"{len(upload.files)}, {_size(upload.bytes)}", "repository": where})
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -1,0 +1,121 @@
+"""What goes to the Hub, with a stand-in for its client whose signatures are the client's own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from lowbit.errors import LowbitError
+from lowbit.push import NEVER, files_of, push
+
+Folders = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(checkpoint: Folders, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint(), tmp_path / "w4"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    api = create_autospec(HfApi, instance=True)
+    api.create_repo.return_value = RepoUrl("https://huggingface.co/me/river-w4")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    return api
+
+
+def test_a_dry_run_sends_and_writes_nothing(folder: Path, hub: Any) -> None:
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "junk").write_text("x")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = push(folder, "me/river-w4", dry_run=True)
+    assert hub.mock_calls == []
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    names = {name for name, _ in done.files}
+    assert {"model.safetensors", "config.json", "README.md", "report.html", "lowbit_report.json"} < names
+    assert not any(name.startswith(".cache") for name in names)
+    assert done.bytes == sum((folder / name).stat().st_size for name in names)
+    assert done.files[0][1] == max(size for _, size in done.files)
+    assert done.url is None
+
+
+def test_what_is_shown_is_what_the_client_takes(folder: Path) -> None:
+    """huggingface_hub's own filter, on the patterns that it is given."""
+    for name in (
+        ".git/config",
+        "sub/.hidden",
+        "sub/own.json",
+        "__pycache__/a.pyc",
+        "sub/__pycache__/b.pyc",
+        "x.tmp",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    everything = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    kept = set(filter_repo_objects(everything, ignore_patterns=list(NEVER)))
+    assert {name for name, _ in files_of(folder)} == kept
+    assert "sub/own.json" in kept
+    assert not {"sub/.hidden", "x.tmp", "sub/__pycache__/b.pyc"} & kept
+
+
+def test_an_upload(folder: Path, hub: Any) -> None:
+    done = push(folder, "me/river-w4", private=True)
+    hub.create_repo.assert_called_once_with("me/river-w4", private=True, exist_ok=True)
+    (call,) = hub.upload_folder.call_args_list
+    assert (call.kwargs["repo_id"], call.kwargs["folder_path"]) == ("me/river-w4", folder)
+    assert done.url == "https://huggingface.co/me/river-w4"
+    card = (folder / "README.md").read_text()
+    assert 'model="me/river-w4"' in card
+    assert "vllm serve me/river-w4" in card
+    assert ModelCard(card).data.library_name == "transformers"
+
+
+def test_an_edited_card_goes_as_it_is(folder: Path, hub: Any) -> None:
+    mine = (folder / "README.md").read_text() + "\nMine.\n"
+    (folder / "README.md").write_text(mine)
+    push(folder, "me/river-w4")
+    assert ModelCard((folder / "README.md").read_text()).text == ModelCard(mine).text
+    hub.create_repo.assert_called_once_with("me/river-w4", private=None, exist_ok=True)
+
+
+def test_errors_of_the_hub_are_one_line(folder: Path, hub: Any) -> None:
+    hub.create_repo.side_effect = LocalTokenNotFoundError("no token")
+    with pytest.raises(LowbitError, match="hf auth login"):
+        push(folder, "me/river-w4")
+    hub.create_repo.side_effect = ConnectionError("down")
+    with pytest.raises(LowbitError, match="can't be reached"):
+        push(folder, "me/river-w4")
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "", "white space", "-x/y"])
+def test_no_name_of_a_repository(folder: Path, repo_id: str) -> None:
+    with pytest.raises(LowbitError, match="write it like org/name"):
+        push(folder, repo_id, dry_run=True)
+
+
+def test_what_is_not_a_finished_checkpoint(folder: Path, tiny_model: Folders, tmp_path: Path) -> None:
+    def refused(path: Path, why: str) -> None:
+        with pytest.raises(LowbitError, match=why):
+            push(path, "me/river-w4", dry_run=True)
+
+    refused(tmp_path / "nothing", "is not a folder")
+    refused(tiny_model("llama"), "is not quantized")
+    (folder / "part-1.safetensors").touch()
+    refused(folder, "unfinished shards")
+    (folder / "state.json").touch()
+    refused(folder, "work folder of an unfinished run")
+    (folder / "state.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    refused(folder, "has no weights")
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json")
