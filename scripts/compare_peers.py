@@ -53,7 +53,10 @@ PEERS = {
     "auto-round": Peer("autoround.py", ["auto-round==0.16.1"]),
     "hqq": Peer("hqq_linear.py", ["hqq==0.2.8.post1"]),
     "bitsandbytes": Peer("bnb.py", ["bitsandbytes==0.50.2", "safetensors==0.8.0"]),
-    "llama.cpp": Peer("llama_cpp.py", ["gguf==0.19.0", "safetensors==0.8.0"]),
+    "llama.cpp": Peer(
+        "llama_cpp.py",
+        ["xllamacpp==2026.10.11549", "gguf==0.19.0", "transformers==5.23.0", "safetensors==0.8.0"],
+    ),
 }  # fmt: skip
 
 
@@ -84,6 +87,8 @@ RUNS = [
     Run("bitsandbytes", "nf4-double", symmetric=True, group_size=64),
     Run("llama.cpp", "Q4_0", symmetric=True, group_size=32),
     Run("llama.cpp", "Q4_1", group_size=32),
+    Run("llama.cpp", "Q4_K_M", group_size=32),
+    Run("llama.cpp", "Q4_K_M-imatrix", group_size=32),
     *both("auto-round", "rtn"),
     *both("llmcompressor", "gptq"),
     *both("gptqmodel", "gptq"),

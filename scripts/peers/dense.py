@@ -99,7 +99,7 @@ def most_levels(weight: torch.Tensor, group_size: int) -> int:
 
 def save(
     options: argparse.Namespace, package: str, cost: dict[str, float], tensors: dict[str, torch.Tensor], *,
-    bits_per_weight: float, group_size: int | None = None,
+    bits_per_weight: float, grids: dict[str, tuple[int, int]] | None = None,
 ) -> None:  # fmt: skip
     """Write the source with `tensors` in place of its own, in bfloat16, and print what it took.
 
@@ -109,7 +109,7 @@ def save(
         cost: From `Cost.stop`.
         tensors: Dequantized weights of every linear layer, and whatever else the peer changed.
         bits_per_weight: Storage of the quantized layers, scales and zeros counted.
-        group_size: Weights that share a scale where that is not `options.group_size`.
+        grids: Bits of a code and weights that share a scale, by tensor, where they are not the options'.
 
     Raises:
         SystemExit: a linear layer is missing, a name or shape is foreign, or a group holds more
@@ -122,9 +122,10 @@ def save(
         raise SystemExit(f"not quantized: {sorted(missing)[:3]}; not in the source: {foreign[:3]}")
     for name, tensor in tensors.items():
         if is_linear(name, source[name]):
-            levels = most_levels(tensor[:ROWS_CHECKED], group_size or options.group_size)
-            if levels > 2**options.bits:
-                raise SystemExit(f"{name}: {levels} values in a group of {options.bits} bits")
+            bits, group_size = (grids or {}).get(name, (options.bits, options.group_size))
+            levels = most_levels(tensor[:ROWS_CHECKED], group_size)
+            if levels > 2**bits:
+                raise SystemExit(f"{name}: {levels} values in a group of {bits} bits")
         source[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     options.output.mkdir(parents=True, exist_ok=True)
     save_file(source, options.output / "model.safetensors", {"format": "pt"})
