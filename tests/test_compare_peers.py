@@ -29,7 +29,7 @@ def module() -> Iterator[Callable[[str], ModuleType]]:
     yield importlib.import_module
     for folder in folders:
         sys.path.remove(folder)
-    for name in ("compare_peers", "dense", "gptq_file"):
+    for name in ("compare_peers", "dense", "gptq_file", "llama_cpp"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -167,3 +167,26 @@ def test_the_gptq_file_is_read_as_lowbit_wrote_it(
     assert len(weights) >= 7
     for name, weight in weights.items():
         assert weight.bfloat16().equal(ours[name]), name
+
+
+def test_q4_k_m_is_llama_quantizes_mixture(module: Any) -> None:
+    """Its log for SmolLM2-135M: 180 matrices fall back, 6.17 bits per weight with Q8_0 embeddings."""
+    llama_cpp = module("llama_cpp")
+    shapes = {
+        "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
+        "mlp.down_proj": (576, 1536),
+    }  # fmt: skip
+    embedding, norms = 49152 * 576, 61 * 576
+    bits, weights, kinds = 8.5 * embedding + 32 * norms, embedding + norms, []
+    for block in range(30):
+        for name, (rows, columns) in shapes.items():
+            kind = llama_cpp.type_of("Q4_K_M", f"model.layers.{block}.{name}.weight", columns, 30)
+            kinds.append(kind)
+            values, size = llama_cpp.GGML_QUANT_SIZES[kind]
+            bits += 8 * size * rows * columns / values
+            weights += rows * columns
+    assert sum(kind in llama_cpp.FALLBACK.values() for kind in kinds) == 180
+    assert round(bits / weights, 2) == 6.17
+    assert set(kinds) <= llama_cpp.GRIDS.keys()
+    assert llama_cpp.type_of("Q4_K_M", "model.layers.4.mlp.down_proj.weight", 4864, 24).name == "Q4_K"

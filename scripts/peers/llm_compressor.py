@@ -53,7 +53,6 @@ def main() -> None:
         recipe=recipe(options.method, options.bits, options.group_size, options.symmetric),
         **data,
     )
-    spent = cost.stop()
     known = dense.load_source(options.model).keys()
     tensors = {name: t for name, t in model.named_parameters() if name in known}
     for name, module in model.named_modules():
@@ -63,6 +62,7 @@ def main() -> None:
                 module.weight.float(), module.weight_scale.float(), module.weight_zero_point, scheme
             )
             scale_bits = 8 * module.weight_scale.element_size()
+    spent = cost.stop()  # all but GPTQ leave the rounding itself to the moment of saving
     zero_bits = 0 if options.symmetric else options.bits
     size = dense.bits_per_weight(options.bits, options.group_size, scale_bits=scale_bits, zero_bits=zero_bits)
     dense.save(options, "llmcompressor", spent, tensors, bits_per_weight=size)
