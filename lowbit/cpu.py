@@ -3,7 +3,8 @@
 For a few rows a product is bound by the memory it reads, and `_weight_int4pack_mm_for_cpu` reads
 half a byte per weight. For many rows it is bound by arithmetic, where nothing beats a dense bfloat16
 product: the weights are dequantized tile by tile, each small enough for the cache, and multiplied.
-`MOST_ROWS` lies where the two cross; `scripts/cpu_thresholds.py` measures it.
+`MOST_ROWS` lies where the two cross; `scripts/cpu_thresholds.py` measures it. On request `native.c` takes
+both places, on the same layout.
 
 The kernel computes `(code - 8) * scale + zero` with codes of four bits, bfloat16 scales and zeros,
 and groups of 32 ... 256 columns. Every scheme is brought to that:
@@ -32,16 +33,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit import packing
+from lowbit import native, packing
 from lowbit.quantized import QuantizedWeight
 
 MOST_ROWS = 64
 """Up to here the four-bit kernel is used, above it dequantized tiles; half of it at 8 bits."""
 
+MOST_NATIVE_ROWS = 24
+"""The same for the native kernel, where that is enabled."""
+
 _GROUPS = (256, 128, 64, 32)
 _MIDDLE = 8
 _TILE = 2**19
 """Dense weights of a tile: a megabyte of bfloat16, which a second-level cache holds."""
+_NATIVE_TILE = 2**20
 _ROWS_AT_ONCE = 4096
 _aten = torch.ops.aten
 
@@ -138,23 +143,39 @@ def _scales_and_zeros(scales: Tensor, offsets: Tensor, planes: int) -> Tensor:
     return torch.cat([high, low], 1).bfloat16()
 
 
-def matmul(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int) -> Tensor:
-    """`x [rows, in] @ weight.T` in the dtype of `x`, `[rows, out_features]`, contiguous."""
-    planes = 2 * tiles.shape[1] // x.shape[1]
-    if x.dtype == torch.bfloat16 and planes * x.shape[0] <= MOST_ROWS:
-        rows = torch.cat([x, x], 1) if planes == 2 else x.contiguous()
-        group = rows.shape[1] // scales.shape[0]
-        product: Tensor = _aten._weight_int4pack_mm_for_cpu(rows, tiles, group, scales)
-        return product[:, :out_features].contiguous()
-    return _multiply_by_tiles(x, tiles, scales, out_features, planes)
+def matmul(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """`x [..., in] @ weight.T + bias` in the dtype of `x`, `[..., out_features]`, contiguous."""
+    in_features = x.shape[-1]
+    count = x.numel() // in_features
+    planes = 2 * tiles.shape[1] // in_features
+    group = planes * in_features // scales.shape[0]
+    if x.dtype == torch.bfloat16:
+        if native.enabled() and count <= MOST_NATIVE_ROWS // planes:
+            bias = None if bias is None else bias.to(x.dtype).contiguous()
+            return native.matvec(x.contiguous(), tiles, scales, group, out_features, bias)
+        if not native.enabled() and count <= MOST_ROWS // planes:
+            rows = x.reshape(count, in_features)
+            rows = torch.cat([rows, rows], 1) if planes == 2 else rows.contiguous()
+            product: Tensor = _aten._weight_int4pack_mm_for_cpu(rows, tiles, group, scales)
+            if product.shape[1] != out_features:
+                product = product[:, :out_features].contiguous()
+            return (product if bias is None else product.add_(bias)).view(*x.shape[:-1], out_features)
+    product = _multiply_by_tiles(x.reshape(count, in_features), tiles, scales, out_features, planes)
+    return (product if bias is None else product.add_(bias)).view(*x.shape[:-1], out_features)
 
 
 def _multiply_by_tiles(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, planes: int) -> Tensor:
     product = x.new_empty(x.shape[0], out_features)
-    step = max(1, _TILE // x.shape[1] // _block().rows) * _block().rows
+    in_native = native.enabled() and x.dtype == torch.bfloat16
+    group = planes * x.shape[1] // scales.shape[0]
+    step = max(1, (_NATIVE_TILE if in_native else _TILE) // x.shape[1] // _block().rows) * _block().rows
     for start in range(0, tiles.shape[0], step):
         part = slice(start, start + step)
-        weight = _dense(tiles[part], scales[:, part], planes, x.dtype)
+        if in_native:
+            weight = _scratch.take("weight", (x.shape[1], min(step, tiles.shape[0] - start)), x.dtype)
+            native.dequantize(tiles, scales, start, group, planes, weight)
+        else:
+            weight = _dense(tiles[part], scales[:, part], planes, x.dtype)
         columns = product[:, part]
         result = _scratch.take("result", (x.shape[0], weight.shape[1]), x.dtype)
         columns.copy_(torch.mm(x, weight, out=result)[:, : columns.shape[1]])

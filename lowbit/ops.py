@@ -83,9 +83,9 @@ class Operand:
 
 def matmul(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     """`x [..., in] @ weight.T + bias`, `[..., out]` in the dtype of `x`."""
-    tensors, rest = weight.fields()
     if weight.layout == TILES and is_plain(x):
-        return _matmul_on_cpu(x, bias, *tensors, **rest)
+        return _matmul_tiles(x, bias, weight.packed, weight.scales, weight.in_features, weight.out_features)
+    tensors, rest = weight.fields()
     product: Tensor = torch.ops.lowbit.dequant_matmul.default(x, bias, *tensors, **rest)
     return product
 
@@ -228,12 +228,16 @@ def _matmul_on_cpu(
 ) -> Tensor:
     if rest["layout"] != TILES:
         return _matmul(x, bias, packed, scales, zeros, **rest)
-    _check(x, rest["in_features"])
-    shape = (*x.shape[:-1], rest["out_features"])
+    return _matmul_tiles(x, bias, packed, scales, rest["in_features"], rest["out_features"])
+
+
+def _matmul_tiles(
+    x: Tensor, bias: Tensor | None, packed: Tensor, scales: Tensor, in_features: int, out_features: int
+) -> Tensor:
+    _check(x, in_features)
     if x.numel() == 0:
-        return x.new_zeros(shape)
-    product = cpu.matmul(x.reshape(-1, rest["in_features"]), packed, scales, rest["out_features"])
-    return (product if bias is None else product.add_(bias)).view(shape)
+        return x.new_zeros(*x.shape[:-1], out_features)
+    return cpu.matmul(x, packed, scales, out_features, bias)
 
 
 @torch.library.impl(_LIBRARY, "dequant_matmul", "CUDA")

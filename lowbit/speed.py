@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowbit import hf
+from lowbit import native as kernels
 from lowbit.errors import LowbitError
 from lowbit.hardware import find_device, peak_memory
 from lowbit.nn import PackedWeight
@@ -155,6 +156,7 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     runs: int = 2,
+    native: bool = False,
 ) -> list[Speed]:
     """Measure models one after the other, each in a fresh process.
 
@@ -165,24 +167,35 @@ def bench(
         threads: CPU threads; torch's own number by default.
         device: Where to run.
         runs: The best of so many counts.
+        native: Packed weights on a CPU run through `native.c`.
 
     Raises:
-        LowbitError: a model can't be loaded.
+        LowbitError: a model can't be loaded, or the native kernels can't be compiled here.
     """
     for model in models:
         hf.quantization_of(model)  # refuses what is not there before minutes go into the others
+    if native:
+        kernels.enable()  # refused before a model is loaded
     results = []
     for model in models:
         fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-            job = pool.submit(_measure, model, prompt_tokens, new_tokens, threads, device, runs)
+            job = pool.submit(_measure, model, prompt_tokens, new_tokens, threads, device, runs, native)
             results.append(job.result())
     return results
 
 
 def _measure(
-    name: str, prompt_tokens: int, new_tokens: int, threads: int | None, device: str, runs: int
+    name: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    threads: int | None,
+    device: str,
+    runs: int,
+    native: bool,
 ) -> Speed:
+    if native:
+        kernels.enable()
     if threads:
         torch.set_num_threads(threads)
     model = hf.load(name, device=find_device(device))

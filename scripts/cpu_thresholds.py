@@ -1,9 +1,10 @@
 """Where the four-bit kernel stops paying on this CPU: CPU milliseconds of one product, by rows.
 
-    python scripts/cpu_thresholds.py [--out-features 4864] [--in-features 896] [--group-size 128]
+    python scripts/cpu_thresholds.py [--out-features 4864] [--in-features 896] [--group-size 128] [--native]
 
 Prints the four-bit kernel, dequantized tiles and a dense bfloat16 product, at 4 and at 8 bits, and the
-number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py`, half of it at 8 bits. The
+number of rows up to which the kernel wins: `MOST_ROWS` of `lowbit/cpu.py` (`MOST_NATIVE_ROWS` with
+`--native`), half of it at 8 bits. The
 weights of several layers take turns, so that they come from memory as they do in a model.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowbit import cpu
+from lowbit import cpu, native
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -41,23 +42,23 @@ def random_weight(shape: tuple[int, int], scheme: QuantScheme) -> QuantizedWeigh
     return QuantizedWeight(codes, torch.rand(groups).bfloat16() / 100, zeros, scheme)
 
 
-def measure(shape: tuple[int, int], scheme: QuantScheme) -> int:
+def measure(shape: tuple[int, int], scheme: QuantScheme, limit_name: str) -> int:
     """Print a table for one scheme; the most rows at which the kernel wins."""
     tiled = [cpu.tile(random_weight(shape, scheme)) for _ in range(LAYERS)]
     dense = [torch.randn(shape).bfloat16() for _ in range(LAYERS)]
     print(f"\n{scheme}, {shape[0]} x {shape[1]}\n{'rows':>6}{'kernel':>10}{'tiles':>10}{'dense':>10}")
     most = 0
-    default = cpu.MOST_ROWS
+    default = getattr(cpu, limit_name)
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).bfloat16()
         times = []
         for limit in (2 * rows, 0):
-            cpu.MOST_ROWS = limit
+            setattr(cpu, limit_name, limit)
             times.append(cpu_milliseconds(lambda i, x=x: cpu.matmul(x, *tiled[i], shape[0])))
         times.append(cpu_milliseconds(lambda i, x=x: x @ dense[i].T))
         print(f"{rows:>6}" + "".join(f"{value:>10.3f}" for value in times), flush=True)
         most = rows if times[0] < times[1] else most
-    cpu.MOST_ROWS = default
+    setattr(cpu, limit_name, default)
     return most
 
 
@@ -69,13 +70,17 @@ def main() -> None:
     parser.add_argument("--in-features", type=int, default=896)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--native", action="store_true", help="the kernels of native.c")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{torch.backends.cpu.get_cpu_capability()}, {options.threads} threads, {cpu.block()}")
+    if options.native:
+        native.enable()
+    limit_name = "MOST_NATIVE_ROWS" if options.native else "MOST_ROWS"
     shape = (options.out_features, options.in_features)
     for bits in (4, 8):
-        most = measure(shape, QuantScheme(bits, options.group_size))
-        print(f"the kernel wins up to {most} rows (MOST_ROWS = {cpu.MOST_ROWS})")
+        most = measure(shape, QuantScheme(bits, options.group_size), limit_name)
+        print(f"the kernel wins up to {most} rows ({limit_name} = {getattr(cpu, limit_name)})")
 
 
 if __name__ == "__main__":

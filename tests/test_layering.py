@@ -27,6 +27,7 @@ LEVELS = {
     "shard": 1,
     "hardware": 1,
     "pages": 1,
+    "native": 1,
     "quiet": 1,
     "grid": 2,
     "quantized": 3,

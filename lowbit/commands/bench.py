@@ -8,11 +8,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.commands.options import AsJson, Device, Model, Native, open_console, print_json
 
 EXAMPLES = (
     "lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B",
-    "lowbit bench my-model-w4 --threads 1 --json",
+    "lowbit bench my-model-w4 --reference ./my-model --threads 1 --native",
 )
 
 
@@ -29,6 +29,7 @@ def run(
         typer.Option(min=1, help="CPU threads.", show_default=False),
     ] = None,
     device: Device = "auto",
+    native: Native = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed, memory and energy, beside the original's."""
@@ -37,7 +38,12 @@ def run(
 
     names = [model, *([reference] if reference else [])]
     found = speed.bench(
-        names, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, device=device
+        names,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        threads=threads,
+        device=device,
+        native=native,
     )
     if as_json:
         print_json({name: dataclasses.asdict(one) for name, one in zip(names, found, strict=True)})

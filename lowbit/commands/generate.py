@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.commands.options import AsJson, Device, Model, Native, open_console, print_json
 
 EXAMPLES = (
     "lowbit generate qwen3-8b-w4 --prompt 'Why is the sky blue?'",
@@ -23,12 +23,16 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision: auto, bfloat16 or float32.")] = "auto",
+    native: Native = False,
     as_json: AsJson = False,
 ) -> None:
     """Generate text with the weights packed, and say how fast it was."""
     from lowbit import hf, speed
+    from lowbit import native as kernels
     from lowbit.hardware import find_device
 
+    if native:
+        kernels.enable()
     loaded = hf.load(model, dtype=dtype, device=find_device(device))
     done = speed.generate(
         loaded,

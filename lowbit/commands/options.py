@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Native = Annotated[
+    bool,
+    typer.Option("--native", help="On a CPU: kernels in C, compiled once by your compiler (AVX-512 VNNI)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 

@@ -1,0 +1,144 @@
+"""Opt-in: the CPU's packed products in C (`native.c`), compiled by the system's compiler and kept.
+
+torch's four-bit kernel is bound by its arithmetic and not by memory. `native.c` reads the same layout with
+the byte products of AVX-512 VNNI, and dequantizes for long prompts several times faster than a chain of
+torch's operations can. Nothing needs it: without `enable` no compiler is looked for, and `cpu.py` runs on
+what torch has.
+
+They are compiled once, in a second, into the user's cache (`$XDG_CACHE_HOME/lowbit`), under a name that
+is a hash of source and flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi")
+_FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", *(f"-m{name.replace('_', '')}" for name in _NEEDED))
+_library: ctypes.CDLL | None = None
+
+
+def enable() -> None:
+    """Compile the kernels, if that was not done before, and use them in this process from now on.
+
+    Raises:
+        LowbitError: this processor lacks AVX-512 VNNI, or there is no C compiler that works.
+    """
+    global _library
+    if _library is None:
+        if not supported():
+            lacking = next(name for name in _NEEDED if name not in _processor())
+            raise LowbitError(f"the native kernels need {lacking}, which this CPU lacks: run without them")
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            raise LowbitError("the native kernels need torch's AVX-512 layout: unset ATEN_CPU_CAPABILITY")
+        _library = _open(_compile())
+
+
+def disable() -> None:
+    """Go back to torch's kernels."""
+    global _library
+    _library = None
+
+
+def supported() -> bool:
+    """Has this processor what the kernels are compiled for?"""
+    return _processor().issuperset(_NEEDED)
+
+
+def enabled() -> bool:
+    """Are the kernels in use?"""
+    return _library is not None
+
+
+def matvec(
+    x: Tensor, tiles: Tensor, scales: Tensor, group: int, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """`x [..., in] @ weight.T + bias`, bfloat16 `[..., out_features]`; for few rows.
+
+    Args:
+        x: bfloat16, contiguous.
+        tiles: uint8 in blocks of 64 rows, see `cpu.tile`.
+        scales: bfloat16 `[planes * groups, rows, 2]`.
+        group: Columns that share a pair of scales.
+        out_features: Rows of the weight, without padding.
+        bias: bfloat16 `[out_features]`, contiguous.
+    """
+    assert _library is not None
+    columns, planes = x.shape[-1], scales.shape[0] * group // x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], out_features)
+    failed = _library.lowbit_matvec(
+        x.data_ptr(), tiles.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), x.numel() // columns, columns, scales.shape[1], group, planes,
+        out_features, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the activations")
+    return out
+
+
+def dequantize(tiles: Tensor, scales: Tensor, first: int, group: int, planes: int, out: Tensor) -> None:
+    """Write rows `first ...` of the weight, as many as `out` `[in, rows]` bfloat16 has; whole blocks."""
+    assert _library is not None
+    _library.lowbit_dequantize(
+        tiles.data_ptr() + first * tiles.shape[1], scales.data_ptr() + first * 4, out.data_ptr(),
+        out.shape[1] // 64, out.shape[0], scales.shape[1], group, planes, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _processor() -> set[str]:
+    """Flags of the processor; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _compile() -> Path:
+    """The compiled library, made if it is not in the cache."""
+    content = _SOURCE.read_bytes() + " ".join(_FLAGS).encode()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+    path = cache / f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        raise LowbitError("the native kernels need a C compiler and there is none: install gcc, or set CC")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / path.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise LowbitError(f"{compiler} can't compile the native kernels ({said}): set CC to gcc >= 9")
+            made.replace(path)  # in one step: another process may be doing the same
+    except OSError as error:
+        raise LowbitError(f"the native kernels can't be written to {cache}: {error}") from error
+    return path
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LowbitError(f"{path} can't be loaded ({error}): delete it") from error
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.lowbit_matvec.argtypes = [*[pointer] * 5, *[size] * 6, ctypes.c_int]
+    library.lowbit_matvec.restype = ctypes.c_int
+    library.lowbit_dequantize.argtypes = [*[pointer] * 3, *[size] * 5, ctypes.c_int]
+    library.lowbit_dequantize.restype = None
+    return library
