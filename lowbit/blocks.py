@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit import pages, topology
-from lowbit.algorithms import ALGORITHMS, REWRITES
-from lowbit.calibration import Group, find_groups, observe
+from lowbit.algorithms import ALGORITHMS, REWRITES, smooth
+from lowbit.calibration import Group, RoundedInputs, find_groups, observe
 from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan
 from lowbit.quantized import QuantizedWeight
@@ -23,6 +24,9 @@ from lowbit.results import Layer
 from lowbit.source import Source, free
 from lowbit.stream import Stream
 from lowbit.topology import Matrix
+
+SAMPLED_ROWS = 512
+"""Rows of each input that are kept where activations are rounded, over all batches."""
 
 Progress = Callable[[str, int, int, str], None]
 """Called with a stage, steps done, steps in all, and what is going on."""
@@ -76,6 +80,7 @@ class BlockQuantizer:
         self._progress = progress
         self._probe = len(stream.batches) - 1
         self._calibrated = ALGORITHMS[method].NEEDS_HESSIAN
+        self._rounds_inputs = plan.scheme.activation_bits is not None
         passes = self._probe * self._calibrated + len(stream.batches)
         self._steps, self._step = passes * len(plan.blocks), 0
 
@@ -101,15 +106,16 @@ class BlockQuantizer:
         notes = _align_skips(self.plan, groups)
         if self._calibrated:
             self._observe(number, groups)
-        rewritten = self.method in REWRITES
+        rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES)
         if rewritten:
             notes += self._rewrite(number, groups)
         quantized, layers = self._round(number, groups)
         for matrix in matrices:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
-        for _ in self.stream.advance(number):
-            self._tell(number, "carrying on", 1)
+        with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
+            for _ in self.stream.advance(number):
+                self._tell(number, "carrying on", 1)
         return QuantizedBlock(
             weights=_on_disk(self.source, quantized),
             tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
@@ -119,7 +125,8 @@ class BlockQuantizer:
         )
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
-        with observe(groups):
+        rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
+        with observe(groups, rows):
             for batch in range(self._probe):
                 self.stream.run(number, batch)
                 self._tell(number, "observing", 1)
@@ -133,14 +140,11 @@ class BlockQuantizer:
         )
         for fold in folds:
             group = wanted[fold.consumers[0]]
-            weights = [matrix.weight for matrix in self._members(group)]
-            hessian = group.moment.mean()
-            scales = REWRITES[self.method](weights, hessian, self.plan.scheme, self.scale_dtype)
+            scales = self._find_scales(group)
             self._tell(number, f"scaled the input of {group.matrices[0].module_name}")
             if scales is not None:
                 fold.apply(scales)
                 group.moment.rescale(scales)
-            del hessian
             pages.trim()
         folded = {fold.consumers[0] for fold in folds}
         return [
@@ -148,6 +152,15 @@ class BlockQuantizer:
             for matrix in wanted
             if matrix not in folded
         ]
+
+    def _find_scales(self, group: Group) -> Tensor | None:
+        weights = [matrix.weight for matrix in self._members(group)]
+        scheme, dtype = self.plan.scheme, self.scale_dtype
+        if not self._rounds_inputs:
+            return REWRITES[self.method](weights, group.moment.mean(), scheme, dtype)
+        scales = smooth.find_channel_scales(weights, group.sample.rows, group.sample.peaks, scheme, dtype)
+        group.sample.release()
+        return scales
 
     def _members(self, group: Group) -> list[Matrix]:
         return [matrix for matrix in group.matrices if matrix.module_name not in self.plan.skipped]

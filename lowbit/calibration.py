@@ -12,7 +12,7 @@ not grow with the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lowbit.activations import round_rows
 from lowbit.hardware import bfloat16_products
 from lowbit.topology import Matrix
 
@@ -64,6 +65,25 @@ class Moment:
         self.total = self.total.new_empty(0)
 
 
+class Sample:
+    """Some rows of an input, and how large each of its channels ever was."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.rows = torch.empty(0, in_features, device=device)
+        self.peaks = torch.zeros(in_features, device=device)
+
+    def add(self, x: Tensor, count: int) -> None:
+        """Take in activations `[..., in]`, and keep about `count` of their rows, the first one included."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        torch.maximum(self.peaks, rows.abs().amax(0).float(), out=self.peaks)
+        kept = rows[:: max(1, len(rows) // count)][:count]
+        self.rows = torch.cat([self.rows.to(kept.dtype), kept])
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self.rows = self.rows.new_empty(0, self.rows.shape[1])
+
+
 class Products(TorchFunctionMode):
     """Calls `seen(matrix, weight, x)` for every product of an input with a weight.
 
@@ -97,6 +117,7 @@ class Group:
         matrices: The readers that can be quantized, in order of use.
         others: Weights of further readers.
         moment: The input's second moment.
+        sample: Rows of it, where activations are rounded.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -104,6 +125,7 @@ class Group:
         self.matrices: list[Matrix] = []
         self.others: list[Tensor] = []
         self.moment = Moment(x.shape[-1], x.device)
+        self.sample = Sample(x.shape[-1], x.device)
 
     def reads(self, x: Tensor) -> bool:
         """Is `x` the tensor of this group? Holding it until `release` keeps its address its own."""
@@ -141,13 +163,33 @@ def find_groups(matrices: Sequence[Matrix], run: Callable[[], object]) -> list[G
 
 
 @contextmanager
-def observe(groups: Sequence[Group]) -> Iterator[None]:
-    """While active, every group's moment takes in what the group's first matrix reads."""
-    moment_of = {group.matrices[0]: group.moment for group in groups}
+def observe(groups: Sequence[Group], sampled_rows: int = 0) -> Iterator[None]:
+    """While active, every group's moment takes in what the group's first matrix reads.
+
+    So does its sample, which keeps `sampled_rows` rows of every call.
+    """
+    group_of = {group.matrices[0]: group for group in groups}
 
     def seen(matrix: Matrix | None, weight: Tensor, x: Tensor) -> None:
-        if matrix in moment_of and x.numel():
-            moment_of[matrix].add(x)
+        if matrix in group_of and x.numel():
+            group_of[matrix].moment.add(x)
+            if sampled_rows:
+                group_of[matrix].sample.add(x, sampled_rows)
 
-    with Products(list(moment_of), seen):
+    with Products(list(group_of), seen):
         yield
+
+
+class RoundedInputs(TorchFunctionMode):
+    """While active, the inputs of `matrices` (all linear layers) are rounded as a packed layer does."""
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        super().__init__()
+        self._addresses = {matrix.stored.data_ptr() for matrix in matrices}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and args[1].data_ptr() in self._addresses:
+            args = (round_rows(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit import formats
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS, Format
+from lowbit.formats import FORMATS, Format, int_quantized
 from lowbit.quantizer import LowbitConfig, find_format
 from lowbit.quiet import quiet
 
@@ -44,7 +44,8 @@ def load(
 
     Args:
         folder: A checkpoint that lowbit or another tool wrote, or any causal language model.
-        packed: Keep quantized weights packed, in memory too; False gives a dense model.
+        packed: Keep quantized weights packed, in memory too; False gives a dense model, except where
+            activations are rounded too, which no dense model does.
         dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
             checkpoint's.
         device: Where to put it.
@@ -61,7 +62,7 @@ def load(
     fmt = _format(quantization)
     if fmt is None or (not packed and not Path(folder).is_dir()):
         return load_stock(folder, dtype, device)
-    if packed:
+    if packed or int_quantized.LAYOUT in str(quantization.get("format")):
         config.quantization_config = LowbitConfig.wrap(quantization)
         return _load_packed(folder, config, dtype, device)
     del config.quantization_config
@@ -181,7 +182,7 @@ def _layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] 
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (not a mapping)
                 module, _, suffix = key.rpartition(".")
-                if suffix in fmt.TENSORS:
+                if formats.is_part(fmt, suffix, opened.get_slice(key).get_dtype()):
                     parts[module][suffix] = opened.get_tensor(key)
                 else:
                     yield key, opened.get_tensor(key)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from lowbit import hf
 from lowbit.errors import LowbitError
-from lowbit.formats import Format
+from lowbit.formats import Format, is_part
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _count(
     shape, dtype = piece.get_shape(), piece.get_dtype()
     size = prod(shape) * _bytes(dtype)
     module, _, suffix = key.rpartition(".")
-    if fmt is None or suffix not in fmt.TENSORS:
+    if fmt is None or not is_part(fmt, suffix, dtype):
         entry = modules[key.removesuffix(".weight")]
         entry.weights += prod(shape)
         entry.scheme = dtype.lower()
@@ -113,6 +113,8 @@ def _count(
         entry.quantized, entry.scheme = True, str(scheme)
         if suffix == "weight_shape":
             entry.weights = int(opened.get_tensor(key).prod())  # type: ignore[attr-defined]
+        elif suffix == "weight":
+            entry.weights = prod(shape)
         elif suffix == "qweight":
             entry.weights = prod(shape) * 32 // scheme.bits
     entry.bytes += size

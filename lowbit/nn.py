@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import formats, ops
+from lowbit import formats, int8, ops
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.quantized import QuantizedWeight
@@ -51,8 +51,8 @@ class PackedWeight(nn.Module):
         self.name, self.out_features, self.in_features = name, out_features, in_features
         self.scheme, self.format_name, self.config = scheme, format_name, config
         self.suffixes = tuple(tensors)
-        for suffix, tensor in tensors.items():
-            self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+        for suffix, tensor in tensors.items():  # not by `register_parameter`, which a property would stop
+            self._parameters[suffix] = nn.Parameter(tensor, requires_grad=False)
 
     def forward(self) -> tuple[QuantizedWeight, Tensor | None]:
         """As `read`. A call, so that offloaded tensors are fetched for it."""
@@ -133,13 +133,15 @@ class QuantLinear(PackedWeight, nn.Linear):
         empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)  # type: ignore[assignment]
         self.dtype = dtype
-        self._prepared: tuple[ops.Operand, Tensor | None] | None = None
+        self._prepared: tuple[ops.Operand | int8.Operand, Tensor | None] | None = None
         self.prepare()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         operand, order = self._prepared or self._derive()
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        if isinstance(operand, int8.Operand):
+            return int8.matmul(x, operand, bias)
         return ops.matmul(x if order is None else x[..., order], operand, bias)
 
     def prepare(self) -> None:
@@ -152,22 +154,25 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Empty, of the layer's device and dtype: models ask a linear's weight for them.
+        """The parameter of that name; else empty, of the layer's device and dtype: models ask for them.
 
         It says that it is initialized, because models fill weights that they don't find in a file.
         """
+        own = self._parameters.get("weight")
+        if own is not None:
+            return own
         device = getattr(self, self.suffixes[0]).device
         weight = torch.empty(0, dtype=self.dtype, device=device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
     @property
-    def operand(self) -> ops.Operand | None:
+    def operand(self) -> ops.Operand | int8.Operand | None:
         """What is multiplied; None where it is derived anew at every call."""
         return None if self._prepared is None else self._prepared[0]
 
     @property
-    def operands(self) -> list[ops.Operand]:
+    def operands(self) -> list[ops.Operand | int8.Operand]:
         """`operand`, if there is one."""
         return [] if self.operand is None else [self.operand]
 
@@ -176,8 +181,11 @@ class QuantLinear(PackedWeight, nn.Linear):
         layout = "unprepared" if self.operand is None else self.operand.layout
         return f"{PackedWeight.extra_repr(self)}, {layout}"
 
-    def _derive(self) -> tuple[ops.Operand, Tensor | None]:
+    def _derive(self) -> tuple[ops.Operand | int8.Operand, Tensor | None]:
         weight, order = self.read()
+        if self.scheme.activation_bits is not None:
+            own = self.tensors()
+            return int8.prepare(own["weight"], own["weight_scale"], self.dtype), None
         operand = ops.prepare(weight, self.dtype)
         if operand.layout == ops.STREAM and order is None and "weight_packed" in self.suffixes:
             operand = ops.stream(weight, self.tensors()["weight_packed"])  # the same stream: no copy

@@ -98,6 +98,8 @@ def quantize(
     """
     if method not in ALGORITHMS:
         raise LowbitError(f"method={method!r} is unknown: use one of {sorted(ALGORITHMS)}")
+    if method == "awq" and scheme is not None and scheme.activation_bits:
+        raise LowbitError(f"method='awq' knows no rounded activations ({scheme}): use gptq or rtn")
     if format not in FORMATS:
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
     started, cpu = time.monotonic(), time.process_time()

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 
 from lowbit.errors import LowbitError
 from lowbit.experts import DOWN, GATED, UP
+from lowbit.formats import Format, is_part
 
 _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8,
@@ -65,7 +66,7 @@ class Places:
     patterns: set[str] = field(default_factory=set)
 
 
-def packed_layers(files: Sequence[str], suffixes: Collection[str]) -> dict[str, dict[str, Tensor]]:
+def packed_layers(files: Sequence[str], fmt: Format) -> dict[str, dict[str, Tensor]]:
     """Tensors on the meta device, by suffix, of every packed layer, by its name on disk.
 
     Raises:
@@ -78,8 +79,8 @@ def packed_layers(files: Sequence[str], suffixes: Collection[str]) -> dict[str, 
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (not a mapping)
                 name, _, suffix = key.rpartition(".")
-                if suffix in suffixes:
-                    piece = opened.get_slice(key)
+                piece = opened.get_slice(key)
+                if is_part(fmt, suffix, piece.get_dtype()):
                     dtype = _DTYPES.get(piece.get_dtype(), torch.float32)
                     found[name][suffix] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
     return found

@@ -159,6 +159,6 @@ def _plan_head(plan: Plan, model: PreTrainedModel, fmt: Format, head_bits: int |
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise LowbitError(f"--head-bits {head_bits}: {type(model).__name__} has no linear output head")
-    plan.head = replace(plan.scheme, bits=head_bits)
+    plan.head = replace(plan.scheme, bits=head_bits, activation_bits=None)
     plan.head.num_groups(head.in_features)
     fmt.check_layer(name, head.out_features, head.in_features, plan.head, "Linear")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit import formats, pages, placement
 from lowbit.errors import LowbitError
 from lowbit.experts import QuantExperts
-from lowbit.formats import FORMATS, Format
+from lowbit.formats import FORMATS, Format, compressed_tensors
 from lowbit.nn import DenseLinear, PackedWeight, QuantLinear
 from lowbit.scheme import QuantScheme
 
@@ -45,8 +45,8 @@ _RELEASED_AT_ONCE = 2**27
 
 def find_format(config: Mapping[str, Any]) -> str | None:
     """Key in `FORMATS` of the layout that a `quantization_config` describes, if lowbit reads it."""
-    method, layout = config.get("quant_method"), config.get("format", "pack-quantized")
-    if method == "compressed-tensors" and layout != "pack-quantized":
+    method = config.get("quant_method")
+    if method == compressed_tensors.QUANT_METHOD and not compressed_tensors.reads(config):
         return None
     return next((name for name, fmt in FORMATS.items() if method == fmt.QUANT_METHOD), None)
 
@@ -121,7 +121,7 @@ class LowbitQuantizer(HfQuantizer):
         self.format_name = find_format(self.config) or ""
         if not self.format_name:
             raise LowbitError(f"quant_method={self.config.get('quant_method')!r} is not one lowbit can read")
-        self.serialized_names = {"weight": ["weight", *self.fmt.TENSORS]}
+        self.serialized_names = {"weight": sorted({"weight", *self.fmt.TENSORS})}
         self.merged: dict[str, QuantScheme] = {}
         self.merged_patterns: set[str] = set()
         self.dtype = torch.bfloat16
@@ -143,11 +143,14 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **unused: Any
     ) -> PreTrainedModel:
         del unused
-        packed = placement.packed_layers(checkpoint_files or (), self.fmt.TENSORS)
+        packed = placement.packed_layers(checkpoint_files or (), self.fmt)
         if not packed:
             raise LowbitError(f"the checkpoint says {self.format_name} and holds no packed layer")
         places = placement.find_places(model, packed)
         schemes = {name: self.fmt.read_config(self.config, name) for name in packed}
+        for name, scheme in schemes.items():
+            if scheme.activation_bits is not None and name not in places.linear:
+                raise LowbitError(f"{name}: lowbit can't run experts in {scheme}: use another checkpoint")
         for name, path in places.linear.items():
             self._replace(model, name, path, packed[name], schemes[name])
         for path, stack in places.experts.items():
@@ -172,7 +175,7 @@ class LowbitQuantizer(HfQuantizer):
             layer.prepare()
             tensors = layer.tensors().values()
             shared = {tensor.data_ptr() for tensor in tensors}
-            if layer.operands and not any(operand.packed.data_ptr() in shared for operand in layer.operands):
+            if layer.operands and not any(_lies_at(operand.packed, shared) for operand in layer.operands):
                 read += tensors
             if sum(tensor.nbytes for tensor in read) > _RELEASED_AT_ONCE:
                 pages.release(read)
@@ -290,3 +293,8 @@ def _speed_up_dense_layers(model: PreTrainedModel) -> None:
                 layer.weight.data = mapped.clone()  # the same parameter, so that a tied one stays tied
                 pages.release([mapped])
             model.set_submodule(name, DenseLinear.of(layer))
+
+
+def _lies_at(packed: Tensor, addresses: Collection[int]) -> bool:
+    """Is it the memory of one of them? oneDNN's own layouts have no address."""
+    return not packed.is_mkldnn and packed.data_ptr() in addresses

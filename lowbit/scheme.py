@@ -1,4 +1,4 @@
-"""Which grid a weight is rounded to: bits, group size, symmetry. Nothing else.
+"""Which grid a weight is rounded to: bits, group size, symmetry; and whether its inputs are rounded too.
 
 How scales and zeros are stored (dtype, packing, file names) is the format's business, and how
 they are found is the grid's and the algorithm's.
@@ -6,7 +6,7 @@ they are found is the grid's and the algorithm's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit.errors import LowbitError
 
@@ -22,19 +22,25 @@ class QuantScheme:
         bits: Width of a code, one of 2, 3, 4, 8.
         group_size: Input columns that share a scale; -1 means the whole row.
         symmetric: True fixes every zero at `2 ** (bits - 1)`; False stores one per group.
+        activation_bits: 8 rounds the inputs as well, per token while the model runs (`activations.py`),
+            so that products are products of integers; None leaves them alone.
 
     Raises:
-        LowbitError: `bits` or `group_size` is not one of the accepted values.
+        LowbitError: `bits` or `group_size` is not one of the accepted values, or the inputs are to be
+            rounded beside anything but symmetric 8-bit weights with one scale per row.
 
     >>> str(QuantScheme(bits=4, group_size=128))
     'w4g128'
     >>> QuantScheme(4, 128, symmetric=False).bits_per_weight(4096)
     4.15625
+    >>> str(QuantScheme(bits=8, group_size=-1, activation_bits=8))
+    'w8a8'
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    activation_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -43,8 +49,21 @@ class QuantScheme:
             raise LowbitError(
                 f"group_size={self.group_size} is not supported: use 32, 64, 128, or -1 for the whole row"
             )
+        if self.activation_bits is not None:
+            self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.activation_bits != 8:
+            raise LowbitError(f"activation_bits={self.activation_bits} is not supported: use 8")
+        if (self.bits, self.group_size, self.symmetric) != (8, WHOLE_ROW, True):
+            weights = replace(self, activation_bits=None)
+            raise LowbitError(
+                f"activation_bits=8 needs weights in w8row, not {weights}: use bits=8, group_size=-1"
+            )
 
     def __str__(self) -> str:
+        if self.activation_bits is not None:
+            return f"w{self.bits}a{self.activation_bits}"
         group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
         return f"w{self.bits}{group}" + ("" if self.symmetric else "-asym")
 

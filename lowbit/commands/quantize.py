@@ -11,12 +11,13 @@ import typer
 
 from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
 from lowbit.errors import LowbitError
-from lowbit.scheme import QuantScheme
+from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 EXAMPLES = (
     "lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",
     "lowbit quantize ./my-model --output my-model-w4 --dataset train.jsonl --group-size 64",
     "lowbit quantize model.gguf --output model-w8 --method rtn --bits 8",
+    "lowbit quantize ./my-model --output my-model-w8a8 --activation-bits 8",
     "lowbit quantize ./my-model --output my-model-awq --method awq --asymmetric --format awq",
 )
 
@@ -43,16 +44,29 @@ def run(
     method: Annotated[
         Method, typer.Option(help="rtn: seconds, no data. gptq, awq: minutes, calibrated.")
     ] = Method.gptq,
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[
+        Optional[int],  # noqa: UP045  (typer reads this at run time on Python 3.10)
+        typer.Option(
+            help="Bits per weight: 2, 3, 4 or 8. Default: 4, or 8 with --activation-bits.", show_default=False
+        ),
+    ] = None,
     group_size: Annotated[
         str, typer.Option(help="Input columns per scale; -1: the whole row; auto: 128, 64 or 32.")
     ] = "auto",
+    activation_bits: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="8: round activations too, per token as the model runs (w8a8): int8 products, for fast "
+            "prefill.",
+            show_default=False,
+        ),
+    ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="Symmetric loads in every engine.")
     ] = True,
     format: Annotated[FormatName, typer.Option(help="Format on disk.")] = FormatName.compressed_tensors,
     dataset: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads this at run time on Python 3.10)
+        Optional[str],  # noqa: UP045
         typer.Option(
             help="Calibration text: hub id (org/name:config), .txt, .jsonl or .parquet file, or 'self' to "
             "sample it from the model. Default: a public data set, or self if it can't be reached.",
@@ -91,8 +105,8 @@ def run(
     from lowbit.terminal import progress_bar, show_report
 
     console = open_console(as_json)
-    auto_group = group_size == "auto"
-    scheme = QuantScheme(bits, 128 if auto_group else _group_size(group_size), symmetric)
+    auto_group = group_size == "auto" and activation_bits is None
+    scheme = _scheme(bits, group_size, symmetric, activation_bits)
     with progress_bar(console) as progress:
         report = quantize(
             model,
@@ -119,6 +133,16 @@ def run(
         print_json(dataclasses.asdict(report) | {"peak_memory": peak_memory()})
     else:
         show_report(console, report, peak_memory())
+
+
+def _scheme(bits: int | None, group_size: str, symmetric: bool, activation_bits: int | None) -> QuantScheme:
+    """The grid; what the user left open is what the activations need."""
+    if activation_bits is None:
+        usual_bits, usual_group = 4, 128
+    else:
+        usual_bits, usual_group = 8, WHOLE_ROW
+    group = usual_group if group_size == "auto" else _group_size(group_size)
+    return QuantScheme(usual_bits if bits is None else bits, group, symmetric, activation_bits)
 
 
 def _group_size(text: str) -> int:

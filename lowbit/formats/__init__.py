@@ -109,6 +109,14 @@ def read(
     return replace(weight, codes=weight.codes[:, order]), order
 
 
+def is_part(fmt: Format, suffix: str, dtype: str) -> bool:
+    """Is a tensor of a checkpoint part of a packed weight? `dtype` as safetensors spells it.
+
+    A tensor called `weight` is one where it holds codes, and a dense weight, or a norm, elsewhere.
+    """
+    return suffix in fmt.TENSORS and (suffix != "weight" or dtype == "I8")
+
+
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,

@@ -1,9 +1,11 @@
-"""The `pack-quantized` layout of compressed-tensors: what llm-compressor writes and vLLM prefers.
+"""The layouts of compressed-tensors: `pack-quantized`, which vLLM prefers, and `int-quantized`.
 
     weight_packed      int32    [out, ceil(in * bits / 32)]      dense stream of bits along the row
     weight_scale       bfloat16 [out, groups]
     weight_shape       int64    [2] = [out, in]
     weight_zero_point  int32    [ceil(out * bits / 32), groups]  asymmetric only; packed along `out`
+
+Where activations are rounded too, the layout is `int-quantized` (`int_quantized.py`) instead.
 
 The library thinks in signed integers, `codes - 2 ** (bits - 1)`, and adds the offset back when it
 packs, so what is on disk are our unsigned codes and zeros.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,15 +34,16 @@ from torch import Tensor
 
 from lowbit import packing
 from lowbit.errors import LowbitError
-from lowbit.formats import limits
+from lowbit.formats import int_quantized, limits
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 QUANT_METHOD = "compressed-tensors"
 SCALE_DTYPE = torch.bfloat16
-TENSORS: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+TENSORS: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
 
 _LAYOUT = "pack-quantized"
+LAYOUTS = (_LAYOUT, int_quantized.LAYOUT)
 _EXPERT = re.compile(r".*\.experts\.\d+\..*")  # on disk
 _STACKED = re.compile(r".*\.experts\.\w+\.\d+")  # in memory
 
@@ -65,6 +69,11 @@ def check(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> None:
             f"transformers cannot load asymmetric weights in mixed schemes, got {', '.join(distinct)}: "
             "use symmetric schemes, or a single one"
         )
+    if len(distinct) > 1 and any(scheme.activation_bits for scheme in schemes.values()):
+        raise LowbitError(
+            f"compressed-tensors holds {int_quantized.LAYOUT} weights alone, got {', '.join(distinct)}: "
+            "leave out --head-bits"
+        )
     experts = sorted({str(scheme) for name, scheme in schemes.items() if _EXPERT.match(name)})
     if len(experts) > 1:
         raise LowbitError(f"experts must share a scheme, got {', '.join(experts)}: use one for all experts")
@@ -77,6 +86,8 @@ def check_layer(name: str, out_features: int, in_features: int, scheme: QuantSch
         LowbitError: another kind, or the group size does not divide `in_features`.
     """
     del out_features
+    if scheme.activation_bits and kind != "Linear":
+        raise LowbitError(f"{name}: activations of a {kind} can't be rounded: leave out --activation-bits")
     if kind == "Conv1D":
         raise LowbitError(f"{name}: compressed-tensors knows no Conv1D layers: use --format gptq")
     if kind == "Expert" and not scheme.symmetric:
@@ -86,6 +97,8 @@ def check_layer(name: str, out_features: int, in_features: int, scheme: QuantSch
 
 def warnings(schemes: Mapping[str, QuantScheme], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Engines that will not load this choice, one line each; `shapes` are `(out, in)` by module name."""
+    if any(scheme.activation_bits for scheme in schemes.values()):
+        return []
     bits = {scheme.bits for scheme in schemes.values()}
     low, other = sorted(bits - {4, 8}), sorted(bits - {4})
     asymmetric = not all(scheme.symmetric for scheme in schemes.values())
@@ -110,6 +123,8 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         ValueError: scales are not bfloat16.
     """
     limits.require_scale_dtype(weight.scales, SCALE_DTYPE)
+    if weight.scheme.activation_bits:
+        return int_quantized.pack(weight)
     bits = weight.scheme.bits
     tensors = {
         "weight_packed": packing.pack(weight.codes, bits),
@@ -129,7 +144,9 @@ def unpack(tensors: Mapping[str, Tensor], scheme: QuantScheme, config: Mapping[s
             codes in a word).
     """
     del config
-    needed = TENSORS[:3] if scheme.symmetric else TENSORS
+    if scheme.activation_bits:
+        return int_quantized.unpack(tensors, scheme)
+    needed = TENSORS[:3] if scheme.symmetric else TENSORS[:4]
     limits.require_tensors(tensors, needed)
     out_features, in_features = (int(size) for size in tensors["weight_shape"])
     packed, scales = tensors["weight_packed"], tensors["weight_scale"]
@@ -162,7 +179,7 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Sequence[str
     groups = [_group(scheme, targets) for scheme, targets in _targets(schemes).items()]
     config: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
-        "format": _LAYOUT,
+        "format": groups[0]["format"],
         # Without it stock transformers fills the model with random numbers and says nothing.
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
@@ -172,6 +189,15 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignore: Sequence[str
     if not all(scheme.symmetric for scheme in schemes.values()):
         config["dequantize"] = True  # the only road by which transformers 5.23 reads packed zeros
     return config
+
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """Is this one of the layouts here? Of `int-quantized` only the variety with dynamic activations is."""
+    layout = config.get("format", _LAYOUT)
+    if layout != int_quantized.LAYOUT:
+        return bool(layout == _LAYOUT)
+    groups = (config.get("config_groups") or {}).values()
+    return all(isinstance(group, Mapping) and int_quantized.reads(group) for group in groups)
 
 
 def read_config(config: Mapping[str, Any], name: str) -> QuantScheme:
@@ -193,12 +219,17 @@ def read_config(config: Mapping[str, Any], name: str) -> QuantScheme:
         raise LowbitError(f"{name}: is packed, but no config group targets it: add it to the targets")
     group = min(ranked, key=lambda pair: pair[0])[1]  # min keeps the first of equals: earlier groups win
     layout = group.get("format") or config.get("format")
-    if layout != _LAYOUT:
-        raise LowbitError(f"{name}: format={layout!r} is not supported: use {_LAYOUT!r}")
-    for field in ("input_activations", "output_activations"):
+    if layout not in LAYOUTS:
+        raise LowbitError(f"{name}: format={layout!r} is not supported: use one of {LAYOUTS}")
+    activation_bits = None
+    if layout == int_quantized.LAYOUT:
+        activation_bits = int_quantized.read_activations(group.get("input_activations"), name)
+    unknown = ("output_activations",) if activation_bits else ("input_activations", "output_activations")
+    for field in unknown:
         if group.get(field) is not None:
             raise LowbitError(f"{name}: quantized {field} are not supported: use a weight-only checkpoint")
-    return _read_weights(group.get("weights"), name)
+    scheme = _read_weights(group.get("weights"), name)
+    return scheme if activation_bits is None else replace(scheme, activation_bits=activation_bits)
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
@@ -214,9 +245,9 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": None,
+        "input_activations": int_quantized.ACTIVATIONS if scheme.activation_bits else None,
         "output_activations": None,
-        "format": _LAYOUT,
+        "format": int_quantized.LAYOUT if scheme.activation_bits else _LAYOUT,
     }
 
 

@@ -31,9 +31,9 @@ def require_uniform(format_name: str, schemes: Mapping[str, QuantScheme]) -> Qua
     """The one scheme of a checkpoint whose format has a single one, for decoder-block linears only.
 
     Raises:
-        LowbitError: nothing is quantized, schemes differ, or a module lies outside the blocks
-            (stock transformers never converts `lm_head` in these formats, and would fill it with
-            random numbers).
+        LowbitError: nothing is quantized, schemes differ, activations are to be rounded, or a module
+            lies outside the blocks (stock transformers never converts `lm_head` in these formats, and
+            would fill it with random numbers).
     """
     require_some(schemes)
     distinct = sorted({str(scheme) for scheme in schemes.values()})
@@ -41,6 +41,10 @@ def require_uniform(format_name: str, schemes: Mapping[str, QuantScheme]) -> Qua
         raise LowbitError(
             f"{format_name} holds one scheme per checkpoint, got {', '.join(distinct)}: "
             "use one scheme, or --format compressed-tensors"
+        )
+    if next(iter(schemes.values())).activation_bits is not None:
+        raise LowbitError(
+            f"{format_name} knows no rounded activations, got {distinct[0]}: use --format compressed-tensors"
         )
     for name in schemes:
         if split_block_name(name) is None:

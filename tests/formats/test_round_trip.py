@@ -18,7 +18,7 @@ from tests.formats.samples import assert_same, random_weight
 SCHEMES = [
     QuantScheme(bits, group_size, symmetric)
     for bits, group_size, symmetric in itertools.product(SUPPORTED_BITS, (32, 64, 128, -1), (True, False))
-]
+] + [QuantScheme(8, -1, activation_bits=8)]
 NAME = "model.layers.0.mlp.up_proj"
 SHAPES = [(32, 128), (96, 384), (64, 640)]
 
@@ -41,7 +41,7 @@ CASES = [
 
 def test_every_format_is_tried() -> None:
     counted = {name: sum(case.values[0] is fmt for case in CASES) for name, fmt in FORMATS.items()}
-    assert counted == {"compressed-tensors": 32, "gptq": 32, "awq": 4}
+    assert counted == {"compressed-tensors": 33, "gptq": 32, "awq": 4}
 
 
 @pytest.mark.parametrize(("fmt", "scheme"), CASES)
