@@ -184,7 +184,8 @@ def test_the_experts_group_comes_first_and_names_them() -> None:
     ("change", "message"),
     [
         ({"quantization_status": "frozen"}, "quantization_status='frozen'"),
-        ({"format": "int-quantized"}, "format='int-quantized'"),
+        ({"format": "naive-quantized"}, "format='naive-quantized'"),
+        ({"format": "int-quantized"}, "input_activations have num_bits="),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ({"transform_config": {"config_groups": {}}}, "transform_config"),

@@ -34,6 +34,9 @@ The functions::
     grouped_dequant_matmul(x, experts, codes, scale_zero, *, ...as dequant_matmul) -> Tensor
         Mixture of experts: row `i` of x `[rows, in]` goes through expert `experts[i]` of the stack.
 
+    int8.int8_matmul(x, weight, scales, bias=None) -> Tensor
+        x rounded to int8 per row, times an int8 weight `[out, in]` as the checkpoint has it.
+
 None of them synchronises with the host; `dequant_matmul` allocates its output and, where K is split
 between programs, one workspace, both from torch's caching allocator, so CUDA graphs can hold it.
 """

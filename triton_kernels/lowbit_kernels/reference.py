@@ -76,3 +76,18 @@ def grouped_dequant_matmul(
         for row, e in zip(x, experts.tolist(), strict=True)
     ]
     return torch.stack(rows) if rows else x.new_empty(0, packed.shape[-2], dtype=torch.float64)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and bfloat16 scales `[..., 1]` of every row: `max|x| / 127`, `round(x / scale)`."""
+    values = x.float()
+    scales = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    scales = scales.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    return (values * (1 / scales.float())).round().to(torch.int8), scales
+
+
+def int8_matmul(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [..., in]`, its rows rounded, times `weight [out, in] * scales [out]`, in float64."""
+    codes, row_scales = quantize_rows(x)
+    y = (codes.double() @ weight.double().mT) * scales.double() * row_scales.double()
+    return y if bias is None else y + bias.double()
