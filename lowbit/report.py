@@ -135,8 +135,9 @@ def heat_map(layers: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) ->
     columns = list(dict.fromkeys(linear for _, linear in cells))
     columns += sorted({linear for block, linear in full if block is not None} - set(columns))
     errors = {key: sum(layer["error"] for layer in found) / len(found) for key, found in cells.items()}
-    positive = [error for error in errors.values() if error > 0] or [1.0]
-    low, high = min(positive), max(positive)
+    positive = sorted(error for error in errors.values() if error > 0) or [1.0]
+    # One layer that is far better or worse than all others must not bleach the rest.
+    low, high = positive[len(positive) // 25], positive[-1 - len(positive) // 25]
     span = math.log(high / low) or 1.0
 
     def cell(block: int, linear: str) -> dict[str, Any] | None:
@@ -144,7 +145,7 @@ def heat_map(layers: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) ->
         if not found:
             return {"full": True} if (block, linear) in full else None
         error = errors[block, linear]
-        level = round((LEVELS - 1) * math.log(max(error, low) / low) / span)
+        level = round((LEVELS - 1) * math.log(min(max(error, low), high) / low) / span)
         text = f"{100 * error:.2g}" if error < 0.1 else f"{100 * error:.0f}"
         schemes = sorted({layer["scheme"] for layer in found})
         bits = sum(_bits(layer["scheme"]) for layer in found) / len(found)
