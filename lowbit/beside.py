@@ -7,6 +7,7 @@ leaves its folder as it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from lowbit import card, record, report
 from lowbit.errors import LowbitError
 from lowbit.inspection import inspect
 from lowbit.results import Report
+
+DESCRIBING = (card.NAME, record.NAME, report.NAME)
+"""Files that are written anew when something was measured."""
 
 
 def after_quantize(
@@ -62,9 +66,29 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
         report.write(kept, folder)
         note = card.write(kept, folder)
         record.save(kept, folder)
+        renew_sums(folder)
     except OSError as error:
         return [f"no report: {folder} can't be written ({error.strerror})"]
     return [f"{folder / report.NAME}", *([note] if note else [])]
+
+
+def renew_sums(folder: Path) -> None:
+    """Where the folder has a `SHA256SUMS`, renew the lines of the files that describe the checkpoint.
+
+    The lines of the weights stay: what they vouch for is what was written once.
+    """
+    path = folder / "SHA256SUMS"
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.partition("  ")[2] not in DESCRIBING]
+    new = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}"
+        for name in DESCRIBING
+        if (folder / name).is_file()
+    ]
+    both = sorted([*kept, *new], key=lambda line: line.partition("  ")[2])
+    path.write_text("".join(f"{line}\n" for line in both), encoding="utf-8")
 
 
 def is_quantized(folder: Path) -> bool:

@@ -121,3 +121,4 @@ def _rename_card(folder: Path, repo_id: str) -> None:
         kept["repo_id"] = repo_id
         if card.write(kept, folder) is None:
             record.save(kept, folder)
+            beside.renew_sums(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,28 @@ def test_loaders_pass_over_it(done: Report, tiny_model: Folders, text_file: str)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     hf.load(done.output)
+
+
+def test_sums_follow(done: Report, tiny_model: Folders, text_file: str) -> None:
+    """`sha256sum -c` holds before and after; a line of the weights is never touched."""
+
+    def check() -> bool:
+        command = ["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"]
+        return subprocess.run(command, cwd=done.output, capture_output=True, check=False).returncode == 0
+
+    sums = done.output / "SHA256SUMS"
+    files = sorted(path for path in done.output.iterdir() if path != sums)
+    sums.write_text("".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files))
+    before = sums.read_text().splitlines()
+    assert check()
+    measure(done.output, tiny_model("llama"), text_file)
+    after = sums.read_text().splitlines()
+    assert check()
+    changed = {line[66:] for line in set(before) ^ set(after)}
+    assert changed == {"README.md", "lowbit_report.json", "report.html"}
+    (done.output / "config.json").write_text("{}")
+    beside.renew_sums(done.output)
+    assert not check(), "only what describes the run is renewed"
 
 
 def test_someone_elses_checkpoint(done: Report, tiny_model: Folders, text_file: str) -> None:
