@@ -6,7 +6,7 @@ where `codes_x`, `scale_x` are those of `activations.quantize_rows`. An `Operand
 layout of one implementation:
 
     plain    the checkpoint's own tensor; a float32 product of the codes, on any device
-    onednn   packed by oneDNN, whose int8 product takes half the time of bfloat16's with AMX or VNNI
+    onednn   packed by oneDNN, for its int8 product, which AMX and VNNI make faster than bfloat16's
     triton   the checkpoint's own tensor too: rows are what the tensor cores want
 
 `prepare` picks one, once. oneDNN is only trusted where it gave the right answer to a product that makes
@@ -37,8 +37,6 @@ _ROWS_AT_ONCE = 2**22
 """Codes of a plain weight that are made float32 at a time."""
 _TILE = 2**17
 """Activations that are rounded at a time: what passes over them stays in a second-level cache."""
-_ROWS = 256
-"""Rows multiplied at a time: their product takes its scales while it is in the cache."""
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 _LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
@@ -215,15 +213,10 @@ def _multiply(
     codes, scales = last.quantize(x)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     scales, bias = scales.to(dtype), None if bias is None else bias.to(dtype)
-    result = torch.empty(len(codes), out_features, dtype=dtype)
-    for start in range(0, len(codes), _ROWS):
-        part = slice(start, start + _ROWS)
-        product = _onednn(codes[part], packed, weight_scales, dtype)
-        if bias is None:
-            torch.mul(product, scales[part], out=result[part])
-        else:
-            torch.addcmul(bias, product, scales[part], out=result[part])
-    return result.to(x.dtype).view(shape)
+    product = _onednn(codes, packed, weight_scales, dtype).mul_(scales)  # in place: fresh pages cost more
+    if bias is not None:
+        product.add_(bias)
+    return product.to(x.dtype).view(shape)
 
 
 def _onednn(x: Tensor, packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,8 +56,8 @@ def run(
     activation_bits: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="8: round activations too, per token as the model runs (w8a8): int8 products, for fast "
-            "prefill.",
+            help="8: round activations too, per token as the model runs (w8a8), for engines that multiply "
+            "integers.",
             show_default=False,
         ),
     ] = None,
