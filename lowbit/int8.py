@@ -213,9 +213,8 @@ def _multiply(
     codes, scales = last.quantize(x)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     scales, bias = scales.to(dtype), None if bias is None else bias.to(dtype)
-    product = _onednn(codes, packed, weight_scales, dtype).mul_(scales)  # in place: fresh pages cost more
-    if bias is not None:
-        product.add_(bias)
+    product = _onednn(codes, packed, weight_scales, dtype)
+    product = product.mul_(scales) if bias is None else torch.addcmul(bias, product, scales)
     return product.to(x.dtype).view(shape)
 
 
