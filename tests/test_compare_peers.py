@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,3 +192,23 @@ def test_q4_k_m_is_llama_quantizes_mixture(module: Any) -> None:
     assert round(bits / weights, 2) == 6.17
     assert set(kinds) <= llama_cpp.GRIDS.keys()
     assert llama_cpp.type_of("Q4_K_M", "model.layers.4.mlp.down_proj.weight", 4864, 24).name == "Q4_K"
+
+
+@pytest.mark.slow
+def test_lowbits_own_row_from_the_command_line(
+    tiny_model: Callable[..., Path], text_file: str, tmp_path: Path
+) -> None:
+    """Quantized, evaluated, recorded, put on the page; a second call repeats nothing."""
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_text("<!-- peers: begin -->\n<!-- peers: end -->\n")
+    command = [
+        sys.executable, str(SCRIPTS / "compare_peers.py"), str(tiny_model("llama")),
+        "--only", "lowbit-rtn-4-sym", "--group-size", "32",
+        "--calibration", text_file, "--text", f"{text_file}:2", "--eval-seq-len", "48",
+        "--results", str(results), "--docs", str(page),
+    ]  # fmt: skip
+    for _ in range(2):
+        subprocess.run(command, check=True, cwd=SCRIPTS.parent, env={**os.environ, "PYTHONPATH": "."})
+    (line,) = results.read_text().splitlines()
+    assert json.loads(line)["bits_per_weight"] == pytest.approx(4.5, abs=0.2)
+    assert page.read_text().count("| lowbit ") == 1
