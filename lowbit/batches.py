@@ -31,13 +31,23 @@ def find_batches(
     seq_len: int,
     seed: int,
     progress: Progress,
-) -> list[Tensor]:
-    """Calibration batches, then one short text that serves to verify the result."""
+    training_samples: int = 0,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The data of a run.
+
+    Returns:
+        Calibration batches, then one short text that serves to verify the result; and rows for
+        training, int64 `[rows, seq_len]`, None where none were asked for. They are other rows than
+        those of the calibration, to which the rounded model is fitted already; where the text is too
+        short for that, a note says so and they are the same.
+    """
     tokenizer = hf.load_tokenizer(source.folder)
     probe = torch.tensor([tokenizer(PROBE).input_ids[:64]])
-    if not ALGORITHMS[method].NEEDS_HESSIAN:
+    calibrated = ALGORITHMS[method].NEEDS_HESSIAN
+    if not calibrated and not training_samples:
         report.calibration = f"none: {method} uses no data"
-        return [probe]
+        return [probe], None
+    wanted, samples = samples, samples * calibrated + training_samples
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and seq_len > longest:
         raise LowbitError(
@@ -65,8 +75,18 @@ def find_batches(
     assert tokens is not None
     if len(tokens) < samples:
         report.notes.append(f"{spec} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
-    report.calibration = f"{spec}: {len(tokens)} x {seq_len} tokens, seed {seed}"
-    return [*tokens.split(max(1, TOKENS_PER_BATCH // seq_len)), probe]
+    rounding = tokens[: wanted if calibrated else 0]
+    report.calibration = f"{spec}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {seed}"
+    # Eight batches or more where that can be had: one of them is held out by a method that corrects.
+    at_once = max(1, min(TOKENS_PER_BATCH // seq_len, len(rounding) // 8))
+    batches = [*rounding.split(at_once), probe] if calibrated else [probe]
+    if not training_samples:
+        return batches, None
+    training = tokens[len(rounding) :]
+    if len(training) < training_samples // 4:
+        report.notes.append(f"{spec} has no more rows: scales are trained on the calibration's own")
+        training = tokens
+    return batches, training
 
 
 def _read_tokens(

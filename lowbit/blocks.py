@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lowbit import pages, topology
-from lowbit.algorithms import ALGORITHMS, REWRITES, smooth
-from lowbit.calibration import Group, RoundedInputs, find_groups, observe
+from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
+from lowbit.calibration import Group, RoundedInputs, find_groups, observe, watch
 from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan
 from lowbit.quantized import QuantizedWeight
@@ -57,8 +57,9 @@ class BlockQuantizer:
     Args:
         source: The opened model; everything outside the blocks that a forward needs is loaded.
         plan: What to quantize. Reasons for what could not be are added to it.
-        stream: The batches. The last one is only carried along (it serves to verify what was
-            written); the others are the calibration data.
+        stream: The batches: calibration data, the probe (carried along, it serves to verify what was
+            written) and, where the method corrects, the calibration data again: these twins carry
+            what the original model computes.
         method: Key of `ALGORITHMS`.
         scale_dtype: dtype in which the format stores scales.
         device: Where blocks are loaded.
@@ -78,9 +79,9 @@ class BlockQuantizer:
         self.source, self.plan, self.stream, self.method = source, plan, stream, method
         self.scale_dtype, self.device = scale_dtype, device
         self._progress = progress
-        self._probe = len(stream.batches) - 1
-        self._calibrated = ALGORITHMS[method].NEEDS_HESSIAN
         self._rounds_inputs = plan.scheme.activation_bits is not None
+        self._calibrated, self._corrected = ALGORITHMS[method].NEEDS_HESSIAN, method in CORRECTIONS
+        self._probe = len(stream.batches) // 2 if self._corrected else len(stream.batches) - 1
         passes = self._probe * self._calibrated + len(stream.batches)
         self._steps, self._step = passes * len(plan.blocks), 0
 
@@ -104,18 +105,24 @@ class BlockQuantizer:
         matrices = self.plan.matrices(number)
         groups = find_groups(matrices, lambda: self.stream.run(number, self._probe))
         notes = _align_skips(self.plan, groups)
-        if self._calibrated:
-            self._observe(number, groups)
         rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES)
-        if rewritten:
-            notes += self._rewrite(number, groups)
-        quantized, layers = self._round(number, groups)
+        if self._corrected:
+            quantized, layers = self._correct_and_round(number, matrices, groups)
+            if number == 0 and self._probe < 2:
+                notes.append(
+                    f"{self.method} needs 2 calibration sequences to correct anything: none corrected"
+                )
+        else:
+            if self._calibrated:
+                self._observe(number, groups)
+            if rewritten:
+                notes += self._rewrite(number, groups)
+            quantized, layers = self._round(number, groups)
         for matrix in matrices:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
         with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
-            for _ in self.stream.advance(number):
-                self._tell(number, "carrying on", 1)
+            self._advance(number, range(self._probe + 1))
         return QuantizedBlock(
             weights=_on_disk(self.source, quantized),
             tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
@@ -123,6 +130,37 @@ class BlockQuantizer:
             fingerprints={m.module_name: fingerprint(w.dequantize()) for m, w in quantized.items()},
             notes=notes,
         )
+
+    def _advance(self, number: int, batches: range) -> None:
+        for _ in self.stream.advance(number, batches):
+            self._tell(number, "carrying on", 1)
+
+    def _correct_and_round(
+        self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
+    ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
+        """Stage by stage: see what a layer will read and what the original's reads, correct, round."""
+        quantized: dict[Matrix, QuantizedWeight] = {}
+        layers: list[Layer] = []
+        originals = Originals(matrices)
+        stages = _stages(groups)
+        for done, stage in enumerate(stages):
+            for batch in range(self._probe):
+                with originals, watch(stage) as wanted:
+                    self.stream.visit(number, self._probe + 1 + batch)
+                with watch(stage) as seen:
+                    self.stream.visit(number, batch)
+                for group in stage:
+                    first = group.matrices[0]
+                    if first in seen:
+                        group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
+            steps = self._probe * (done + 1) // len(stages) - self._probe * done // len(stages)
+            self._tell(number, "observing", steps)
+            weights, reports = self._round(number, stage)
+            quantized |= weights
+            layers += reports
+        with originals:
+            self._advance(number, range(self._probe + 1, len(self.stream.batches)))
+        return quantized, layers
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
@@ -190,6 +228,9 @@ class BlockQuantizer:
         hessian = group.moment.mean() if self._calibrated else None
         group.moment.release()
         stacked = torch.cat([matrix.weight for matrix in members]).float()
+        drift, group.drift = group.drift, None
+        if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
+            stacked, _ = CORRECTIONS[self.method](stacked, hessian, drift.mean(), drift.held_out)
         weight, note = ALGORITHMS[self.method].quantize_weight(
             stacked, hessian, self.plan.scheme, self.scale_dtype
         )
@@ -206,6 +247,33 @@ class BlockQuantizer:
             return {key: None for key in keys if self.source.parameter_of(key) not in done}
         parameters = self.plan.blocks[number].named_parameters(prefix=path)
         return dict(self.source.names_on_disk({n: p.data for n, p in parameters if n not in done}))
+
+
+class Originals:
+    """The weights of a block as they were; while active, they are back in it."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        places = {(matrix.owner, matrix.attribute) for matrix in matrices}
+        self._kept = {place: getattr(*place).data.clone() for place in places}
+
+    def _swap(self) -> None:
+        for place, kept in self._kept.items():
+            parameter = getattr(*place)
+            self._kept[place], parameter.data = parameter.data, kept
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *reason: object) -> None:
+        self._swap()
+
+
+def _stages(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in order of use; experts of one stack are used side by side and form one stage."""
+    stages: dict[str, list[Group]] = {}
+    for group in groups:
+        stages.setdefault(group.matrices[0].name, []).append(group)
+    return list(stages.values())
 
 
 def _align_skips(plan: Plan, groups: Sequence[Group]) -> list[str]:

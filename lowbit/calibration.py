@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit.activations import round_rows
 from lowbit.hardware import bfloat16_products
+from lowbit.stream import Stop
 from lowbit.topology import Matrix
 
 TILE = 1024  # columns per product: only tiles on and right of the diagonal are computed
@@ -84,6 +85,39 @@ class Sample:
         self.rows = self.rows.new_empty(0, self.rows.shape[1])
 
 
+class Drift:
+    """Running mean of `(X - x) x^T` in float32: how far the quantized model's input x has left X.
+
+    The difference is small against its parts, so it is taken first and may then be multiplied in
+    bfloat16.
+
+    Attributes:
+        held_out: `x` and `X - x` of tokens that were set aside, `[tokens, in]`.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, in_features, device=device)
+        self.tokens = 0
+        self.held_out: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, original: Tensor) -> None:
+        """Take in the activations `[..., in]` of the same tokens in both models."""
+        rows = x.detach().flatten(0, -2)
+        gap = original.detach().flatten(0, -2).float() - rows.float()
+        self.tokens += len(rows)
+        with bfloat16_products() if rows.dtype == torch.bfloat16 else nullcontext():
+            self.total.addmm_(gap.T, rows.float())
+
+    def set_aside(self, x: Tensor, original: Tensor) -> None:
+        """Keep these tokens to judge by."""
+        rows, wanted = x.detach().flatten(0, -2), original.detach().flatten(0, -2)
+        self.held_out = rows, (wanted.float() - rows.float()).to(rows.dtype)
+
+    def mean(self) -> Tensor:
+        """The mean over tokens, `[in, in]`, first the channels of X."""
+        return self.total / max(self.tokens, 1)
+
+
 class Products(TorchFunctionMode):
     """Calls `seen(matrix, weight, x)` for every product of an input with a weight.
 
@@ -118,6 +152,7 @@ class Group:
         others: Weights of further readers.
         moment: The input's second moment.
         sample: Rows of it, where activations are rounded.
+        drift: How far it is from the original's input; None where the two were not compared.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -126,6 +161,22 @@ class Group:
         self.others: list[Tensor] = []
         self.moment = Moment(x.shape[-1], x.device)
         self.sample = Sample(x.shape[-1], x.device)
+        self.drift: Drift | None = None
+
+    def compare(self, x: Tensor, original: Tensor | None, held_out: bool) -> None:
+        """Take in what the quantized model reads here, and the original for the same tokens.
+
+        Experts of the two models may be given different tokens: then there is nothing to compare.
+        """
+        self.moment.add(x)
+        if original is None or original.shape != x.shape or self.matrices[0].kind == "Expert":
+            return
+        if self.drift is None:
+            self.drift = Drift(x.shape[-1], x.device)
+        if held_out:
+            self.drift.set_aside(x, original)
+        else:
+            self.drift.add(x, original)
 
     def reads(self, x: Tensor) -> bool:
         """Is `x` the tensor of this group? Holding it until `release` keeps its address its own."""
@@ -193,3 +244,23 @@ class RoundedInputs(TorchFunctionMode):
         if func is torch.nn.functional.linear and args[1].data_ptr() in self._addresses:
             args = (round_rows(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch(groups: Sequence[Group]) -> Iterator[dict[Matrix, Tensor]]:
+    """While active, collects what the first matrix of every group reads; stops the block when all have.
+
+    A matrix that reads more than once in a pass is told by its last input; one whose tokens never come
+    (an expert) is left out, and the block runs to its end.
+    """
+    waiting = {group.matrices[0] for group in groups}
+    found: dict[Matrix, Tensor] = {}
+
+    def seen(matrix: Matrix | None, weight: Tensor, x: Tensor) -> None:
+        if matrix in waiting:
+            found[matrix] = x.detach()
+            if len(found) == len(waiting):
+                raise Stop
+
+    with Products(list(waiting), seen):
+        yield found

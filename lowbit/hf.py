@@ -164,7 +164,7 @@ def dense_tensors(
 
     `transposed` names the modules that keep their weight as `[in, out]` (GPT-2's Conv1D).
     """
-    for module, tensors in _layers(folder, fmt):
+    for module, tensors in layers(folder, fmt):
         if isinstance(tensors, Tensor):
             yield module, tensors
             continue
@@ -175,7 +175,7 @@ def dense_tensors(
         yield f"{module}.weight", dense.T.contiguous() if module in transposed else dense
 
 
-def _layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] | Tensor]]:
+def layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] | Tensor]]:
     """Tensors of a checkpoint by key; those of one packed layer by suffix, under its module's name."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file in sorted(folder.glob("*.safetensors")):

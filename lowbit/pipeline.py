@@ -7,6 +7,7 @@ the end, after it was read back and compared.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,18 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint
+from lowbit import beside, checkpoint, hf
+from lowbit import effort as effort_dial
 from lowbit import source as sources
-from lowbit.algorithms import ALGORITHMS, rtn
+from lowbit.algorithms import ALGORITHMS, CORRECTIONS, rtn
 from lowbit.batches import find_batches
 from lowbit.blocks import BlockQuantizer, Progress, fingerprint
 from lowbit.checkpoint import CheckpointWriter
+from lowbit.effort import EFFORTS, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
 from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, head_name, make_plan
 from lowbit.quantized import QuantizedWeight
 from lowbit.quiet import quiet
+from lowbit.refine import refine
 from lowbit.results import Layer, Report
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
@@ -40,7 +44,8 @@ def quantize(
     scheme: QuantScheme | None = None,
     *,
     output: str | Path,
-    method: str = "gptq",
+    effort: str = effort_dial.DEFAULT,
+    method: str | None = None,
     format: str = "compressed-tensors",
     dataset: str | None = None,
     samples: int = 128,
@@ -64,7 +69,8 @@ def quantize(
         model: Hub id, local folder, `.gguf` file, or a loaded transformers model.
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
-        method: `rtn`, `gptq` or `awq`.
+        effort: `fast`, `balanced`, `high` or `max`: how much work goes into the model.
+        method: `rtn`, `gptq`, `awq` or `qronos`; None takes the effort's own.
         format: `compressed-tensors`, `gptq` or `awq`.
         dataset: Calibration text: a hub id (`org/name:config`), a `.txt`, `.jsonl` or `.parquet`
             file, or `self` to sample it from the model. None takes a public data set, or `self`
@@ -96,12 +102,7 @@ def quantize(
     >>> report.scheme, report.verification.loader
     ('w4g32', 'stock transformers')
     """
-    if method not in ALGORITHMS:
-        raise LowbitError(f"method={method!r} is unknown: use one of {sorted(ALGORITHMS)}")
-    if method == "awq" and scheme is not None and scheme.activation_bits:
-        raise LowbitError(f"method='awq' knows no rounded activations ({scheme}): use gptq or rtn")
-    if format not in FORMATS:
-        raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
+    dial, method = _choose(effort, method, format, scheme)
     started, cpu = time.monotonic(), time.process_time()
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     checkpoint.check_target(target, _name(model), overwrite)
@@ -114,10 +115,14 @@ def quantize(
                          auto_group=auto_group or scheme is None)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
-        batches = find_batches(opened, report, method, dataset, samples, seq_len, seed, told)
+        batches, rows = find_batches(
+            opened, report, method, dataset, samples, seq_len, seed, told, dial.training * samples
+        )
         report.end_stage("calibration data", time.monotonic() - started)
         road = _Road(opened, plan, fmt, report, where, told)
         road.write(scratch / "checkpoint", shard_bytes, batches)
+        if rows is not None:
+            road.refine(scratch / "checkpoint", rows, dial.epochs, shard_bytes, batches[-1])
         if verify_output:
             road.verify(scratch / "checkpoint", batches[-1])
         report.seconds["all"] = time.monotonic() - started
@@ -125,6 +130,23 @@ def quantize(
         beside.after_quantize(scratch / "checkpoint", report, _name(model), folder, quantized_by)
         checkpoint.put_in_place(scratch / "checkpoint", target)
     return report
+
+
+def _choose(effort: str, method: str | None, format: str, scheme: QuantScheme | None) -> tuple[Effort, str]:
+    """What an effort stands for, and the method; refuses what does not exist or fit together."""
+    if effort not in EFFORTS:
+        raise LowbitError(f"effort={effort!r} is unknown: use one of {list(EFFORTS)}")
+    dial, rounded_inputs = EFFORTS[effort], scheme is not None and scheme.activation_bits is not None
+    if rounded_inputs and dial.training:
+        raise LowbitError(f"effort={effort!r} trains for exact activations, not {scheme}: use balanced")
+    method = method or ("gptq" if rounded_inputs and dial.method in CORRECTIONS else dial.method)
+    if method not in ALGORITHMS:
+        raise LowbitError(f"method={method!r} is unknown: use one of {sorted(ALGORITHMS)}")
+    if method not in ("rtn", "gptq") and rounded_inputs:
+        raise LowbitError(f"method={method!r} knows no rounded activations ({scheme}): use gptq or rtn")
+    if format not in FORMATS:
+        raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
+    return dial, method
 
 
 class _Road:
@@ -153,7 +175,9 @@ class _Road:
         outside = source.keys_outside([plan.path])
         head_keys = source.keys_under([head])
         source.load([key for key in outside if key not in head_keys], self.device)
-        stream = Stream(source.model, plan.blocks, [batch.to(self.device) for batch in batches])
+        twins = batches[:-1] if self.report.method in CORRECTIONS else []  # see BlockQuantizer
+        on_device = [batch.to(self.device) for batch in (*batches, *twins)]
+        stream = Stream(source.model, plan.blocks, on_device)
         writer = CheckpointWriter(folder, shard_bytes)
         for key in outside:
             if key not in head_keys:
@@ -229,6 +253,25 @@ class _Road:
         ]
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
+
+    def refine(self, folder: Path, rows: Tensor, epochs: int, shard_bytes: int, ids: Tensor) -> None:
+        """Train the scales and norms of what is in `folder`; see `refine.py`."""
+        started, refined = time.monotonic(), folder.with_name("refined")
+        self.source.release()
+        done = refine(
+            folder, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
+            device=self.device, progress=self.progress,
+        )  # fmt: skip
+        told = f"KL on {done.held_out} rows that were not trained on {done.before:.4f} -> {done.after:.4f}"
+        if done.kept:
+            shutil.rmtree(folder)
+            refined.rename(folder)
+            self.fingerprints |= done.fingerprints
+            self.logits = hf.load(folder, packed=False)(input_ids=ids).logits.detach()
+            self.report.notes.append(f"scales and norms trained for {done.steps} steps: {told}")
+        else:
+            self.report.notes.append(f"training scales and norms gained nothing and was dropped: {told}")
+        self.report.end_stage("training", time.monotonic() - started)
 
     def verify(self, folder: Path, ids: Tensor) -> None:
         """Read `folder` back; raises `VerificationError` unless it is what was computed."""

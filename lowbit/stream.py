@@ -9,7 +9,7 @@ activations (one tensor per batch, in the working precision) are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-class _Stop(Exception):
-    """Raised inside the model's forward once the block of interest has run."""
+class Stop(Exception):
+    """Raised inside the model's forward once everything of interest has run."""
 
 
 class Stream:
@@ -39,6 +39,13 @@ class Stream:
 
     def run(self, block: int, batch: int) -> Tensor:
         """Output of block number `block` for one batch; the carried activations stay as they are."""
+        return self._drive(block, batch)[0]
+
+    def visit(self, block: int, batch: int) -> None:
+        """Run a block for whoever watches it, and may `Stop` it when he has seen enough."""
+        self._drive(block, batch)
+
+    def _drive(self, block: int, batch: int) -> list[Tensor]:
         output: list[Tensor] = []
         forward = self.blocks[block].forward
 
@@ -50,18 +57,18 @@ class Stream:
             else:
                 self._extra_outputs = -1
             output.append(result)
-            raise _Stop
+            raise Stop
 
         with self._stand_ins(block), _replaced(self.blocks[block], run_and_stop), torch.no_grad():
             try:
                 self.model(input_ids=self.batches[batch], use_cache=False)
-            except _Stop:
-                return output[0]
+            except Stop:
+                return output
         raise RuntimeError(f"{type(self.model).__name__} did not call its block {block}")
 
-    def advance(self, block: int) -> Iterator[int]:
-        """Carry all batches over `block`, yielding each batch's number when it is through."""
-        for batch in range(len(self.batches)):
+    def advance(self, block: int, batches: Iterable[int] | None = None) -> Iterator[int]:
+        """Carry batches (all by default) over `block`, yielding each batch's number when it is through."""
+        for batch in range(len(self.batches)) if batches is None else batches:
             self.hidden[batch] = self.run(block, batch)
             yield batch
 

@@ -182,7 +182,7 @@ def find_folds(
     """
     before = run()
     every = [matrix for members, _ in groups for matrix in members]
-    norms = [m for m in block.modules() if _is_norm(m)]
+    norms = [m for m in block.modules() if is_norm(m)]
     generator = torch.Generator().manual_seed(0)
     found = []
     for members, others in groups:
@@ -192,7 +192,7 @@ def find_folds(
         producers: list[nn.Module | Matrix] = [n for n in norms if len(_norm_parameters(n)[0]) == channels]
         producers += [p for p in every if p not in members and p.kind != "Expert" and p.shape[0] >= channels]
         for producer in producers:
-            offset = 0.0 if isinstance(producer, Matrix) else _norm_offset(producer)
+            offset = 0.0 if isinstance(producer, Matrix) else norm_offset(producer)
             fold = Fold(tuple(members), tuple(others), producer, offset)
             scales = 2.0 ** torch.randint(-1, 2, (channels,), generator=generator)
             if _preserves(fold, scales.to(before.device), before, run):
@@ -201,7 +201,8 @@ def find_folds(
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Does it hold a vector named weight and no further module?"""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
 
@@ -212,7 +213,7 @@ def _norm_parameters(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.data, None if bias is None else bias.data
 
 
-def _norm_offset(norm: nn.Module) -> float:
+def norm_offset(norm: nn.Module) -> float:
     """1.0 for a norm that multiplies by `1 + weight`, found by giving it a weight of zero."""
     weight, bias = _norm_parameters(norm)
     saved = weight.clone()

@@ -19,16 +19,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+EFFORTS = ("fast", "balanced", "high", "max")
 RUNS = [
-    ("rtn", 4, "symmetric"),
-    ("gptq", 4, "symmetric"),
-    ("awq", 4, "symmetric"),
-    ("rtn", 4, "asymmetric"),
-    ("gptq", 4, "asymmetric"),
-    ("awq", 4, "asymmetric"),
+    *((name, 4, "symmetric") for name in ("rtn", "awq", "gptq", "balanced", "high", "max")),
+    *((name, 4, "asymmetric") for name in ("rtn", "awq", "gptq", "balanced", "high", "max")),
+    *((name, 3, "asymmetric") for name in ("gptq", "balanced", "high")),
+    *((name, 2, "asymmetric") for name in ("gptq", "balanced", "high")),
     ("rtn", 8, "symmetric"),
 ]
-HEADER = "| model | method | scheme | bits/weight | perplexity | ratio | KL | top-1 | CPU s | peak GB |"
+HEADER = (
+    "| model | method or effort | scheme | bits/weight | perplexity | ratio | KL | top-1 "
+    "| KL on the second text | CPU s | peak GB |"
+)
 
 
 def lowbit(*arguments: str) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def measure(
 ) -> dict[str, Any]:
     """Quantize and evaluate once."""
     made = lowbit(
-        "quantize", options.model, "--output", str(folder), "--method", method, "--bits", str(bits),
+        "quantize", options.model, "--output", str(folder),
+        "--effort" if method in EFFORTS else "--method", method, "--bits", str(bits),
         "--group-size", options.group_size, f"--{symmetry}", "--dataset", options.calibration,
         "--samples", str(options.samples), "--seq-len", str(options.seq_len), "--seed", str(options.seed),
         "--overwrite",
@@ -55,6 +58,11 @@ def measure(
         "--seq-len", str(options.eval_seq_len), "--windows", str(options.windows),
         "--dtype", options.eval_dtype,
     )  # fmt: skip
+    second = lowbit(
+        "eval", str(folder), "--reference", options.model, "--dataset", options.second_text,
+        "--seq-len", str(options.eval_seq_len), "--windows", str(options.windows),
+        "--dtype", options.eval_dtype,
+    )["kl"] if options.second_text else None  # fmt: skip
     size = lowbit("inspect", str(folder))
     parts = [part for part in size["parts"] if part["quantized"]]
     bits_per_weight = 8 * sum(p["bytes"] for p in parts) / sum(p["weights"] for p in parts)
@@ -62,7 +70,7 @@ def measure(
     return {
         "scheme": made["scheme"], "calibration": made["calibration"], "bits_per_weight": bits_per_weight,
         "cpu_seconds": made["cpu_seconds"], "stages": made["seconds"], "peak_memory": made["peak_memory"],
-        "cpu_seconds_per_million": made["cpu_seconds"] / (weights / 1e6), **found,
+        "cpu_seconds_per_million": made["cpu_seconds"] / (weights / 1e6), **found, "second_kl": second,
     }  # fmt: skip
 
 
@@ -73,6 +81,7 @@ def row(run: dict[str, Any]) -> str:
         f"| {run['perplexity']:.2f} ± {run['perplexity_se']:.2f} "
         f"| {run['perplexity_ratio']:.4f} ± {run['perplexity_ratio_se']:.4f} "
         f"| {run['kl']:.4f} ± {run['kl_se']:.4f} | {run['top1_agreement']:.3f} "
+        f"| {'' if run.get('second_kl') is None else format(run['second_kl'], '.4f')} "
         f"| {run['cpu_seconds']:.0f} | {run['peak_memory'] / 1e9:.2f} |"
     )
 
@@ -83,6 +92,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=str(demo / "source"))
     parser.add_argument("--calibration", default="self", help="calibration text, never the evaluation text")
     parser.add_argument("--text", default=str(demo / "python-reference.txt"), help="evaluation text")
+    parser.add_argument("--second-text", help="another text, of another kind")
     parser.add_argument("--group-size", default="auto")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)

@@ -103,7 +103,7 @@ def test_quantize_prints_a_summary(run: Run, tiny_model: Folders, text_file: str
                          "--max-shard-size", "60KB", "--seed", 3)  # fmt: skip
     assert (code, err) == (0, "")
     folded = " ".join(out.split())
-    assert "quantized 12 layers to w4g32 by gptq" in folded
+    assert "quantized 12 layers to w4g32 by qronos" in folded
     assert "4 x 48 tokens, seed 3" in folded
     assert "12 weights equal to the bit" in folded
     assert "[bold]odd name" in folded.replace("\n", "")

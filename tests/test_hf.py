@@ -64,7 +64,7 @@ def test_packed_tensors_are_one_weight_each(checkpoints: dict[str, Path]) -> Non
     for name, folder in checkpoints.items():
         quantization, fmt = hf.quantization_of(folder)
         assert fmt is not None
-        found = dict(hf._layers(folder, fmt))
+        found = dict(hf.layers(folder, fmt))
         packed = {name for name, value in found.items() if isinstance(value, dict)}
         assert len(packed) == 21, name
         assert {"model.norm.weight", "model.embed_tokens.weight"} <= set(found) - packed

@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 # A module imports modules of a lower level only. A new file takes its place here.
 LEVELS = {
     "errors": 0,
+    "effort": 0,
     "scheme": 1,
     "packing": 1,
     "shard": 1,
@@ -45,7 +46,8 @@ LEVELS = {
     "algorithms.gptq": 5,
     "algorithms.awq": 5,
     "algorithms.smooth": 4,
-    "algorithms": 6,
+    "algorithms.qronos": 6,
+    "algorithms": 7,
     "grouped": 6,
     "nn": 7,
     "experts": 8,
@@ -67,6 +69,9 @@ LEVELS = {
     "plan": 7,
     "checkpoint": 7,
     "blocks": 8,
+    "trainable": 4,
+    "distill": 5,
+    "refine": 12,
     "hf": 11,
     "evaluate": 12,
     "speed": 12,

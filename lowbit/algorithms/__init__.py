@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.algorithms import awq, gptq, rtn
+from lowbit.algorithms import awq, gptq, qronos, rtn
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -55,5 +55,20 @@ class Rewrite(Protocol):
         ...
 
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "gptq": gptq, "awq": awq}
+class Correction(Protocol):
+    """Makes up, before rounding, for the errors of the layers before."""
+
+    def __call__(
+        self, weight: Tensor, hessian: Tensor, drift: Tensor, held_out: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, float]:
+        """The weight to round in place of `weight [out, in]`, and how much of the correction was used.
+
+        `drift` is float32 `[in, in]`, the mean of `(X - x) x^T`, X what the original model's layer
+        reads and x what this one reads; `held_out` is `x` and `X - x` of other tokens.
+        """
+        ...
+
+
+ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "gptq": gptq, "awq": awq, "qronos": qronos}
 REWRITES: dict[str, Rewrite] = {"awq": awq.find_channel_scales}
+CORRECTIONS: dict[str, Correction] = {"qronos": qronos.correct}

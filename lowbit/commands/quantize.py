@@ -28,6 +28,16 @@ class Method(str, Enum):
     rtn = "rtn"
     gptq = "gptq"
     awq = "awq"
+    qronos = "qronos"
+
+
+class EffortName(str, Enum):
+    """How much work goes into the model."""
+
+    fast = "fast"
+    balanced = "balanced"
+    high = "high"
+    max = "max"
 
 
 class FormatName(str, Enum):
@@ -41,9 +51,17 @@ class FormatName(str, Enum):
 def run(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", show_default=False)],
+    effort: Annotated[
+        EffortName,
+        typer.Option(
+            help="fast: rounding, seconds. balanced: calibrated, minutes; the best for its cost. high, max: "
+            "scales trained end to end on top, for the most accurate model."
+        ),
+    ] = EffortName.balanced,
     method: Annotated[
-        Method, typer.Option(help="rtn: seconds, no data. gptq, awq: minutes, calibrated.")
-    ] = Method.gptq,
+        Optional[Method],  # noqa: UP045
+        typer.Option(help="Rounding algorithm, in place of the effort's own.", show_default=False),
+    ] = None,
     bits: Annotated[
         Optional[int],  # noqa: UP045  (typer reads this at run time on Python 3.10)
         typer.Option(
@@ -112,7 +130,8 @@ def run(
             model,
             scheme,
             output=output,
-            method=method.value,
+            effort=effort.value,
+            method=method.value if method else None,
             format=format.value,
             dataset=dataset,
             samples=samples,

@@ -1,0 +1,301 @@
+"""End to end: train scales and norms until the model predicts what the original predicts.
+
+Layer-wise methods keep every layer close to the original and hope that the model follows. Here the
+model itself is the judge: the loss is the mean over tokens of `KL(original || quantized)` of the next
+token, over the whole vocabulary. Trained are a gain per group of weights (`trainable.py`) and the
+weights of the norms, all of which the file holds anyway: the same codes, the same size, the same
+kernels. The idea is distillation (Hinton et al. 2015, arXiv:1503.02531, with temperature 1) restricted
+to the scales, as in the second phase of EfficientQAT (Chen et al. 2024, arXiv:2407.11062, section 3.3).
+
+Of the original only the inputs of its output head are kept (`[tokens, hidden]`), so it is not in
+memory while the other is trained, and its distribution is still exact. Blocks are checkpointed: of a
+step, one tensor per block and the inside of one block are in memory. A few calibration rows are never
+trained on; if the loss on them does not fall, what was learned is thrown away, and said so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lowbit import topology
+from lowbit.errors import LowbitError
+from lowbit.quantized import QuantizedWeight
+from lowbit.trainable import TrainableLinear
+
+TOKENS_PER_STEP = 2048
+LOGIT_BYTES = 2**26  # of float32 logits made at a time
+HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the end
+WARM_UP = 0.05
+LEARNING_RATE = 1e-3  # of factors that start at 1
+
+
+class _Stop(Exception):
+    """Raised once the input of the head is known."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What training made.
+
+    Attributes:
+        weights: Quantized weights with their new scales, by module name.
+        norms: New weights of norms, float32, by parameter name.
+        before: KL on the held-out rows before training, nats.
+        after: The same after it.
+        held_out: How many rows those are.
+        steps: Steps of the optimizer.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    norms: dict[str, Tensor]
+    before: float
+    after: float
+    held_out: int
+    steps: int
+
+
+def head_inputs(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What the output head reads, `[rows, length, hidden]`, for each batch of token ids."""
+    with torch.no_grad():
+        for batch in batches:
+            yield _head_input(model, batch)
+
+
+def _head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The head's input, with its graph where gradients are on; the head itself is not run."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        model(input_ids=ids.to(model.device), use_cache=False)
+    except _Stop:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise RuntimeError(f"{type(model).__name__} did not call its output head")
+
+
+def distill(
+    model: PreTrainedModel,
+    quantized: Mapping[str, QuantizedWeight],
+    batches: Tensor,
+    targets: Sequence[Tensor],
+    *,
+    epochs: float = 1.0,
+    learning_rate: float = LEARNING_RATE,
+    tokens_per_step: int = TOKENS_PER_STEP,
+    seed: int = 0,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Distilled:
+    """Train the scales and norms of `model` towards the original. The model is changed in place.
+
+    Args:
+        model: The quantized model, dense, in evaluation mode.
+        quantized: Its quantized weights, by module name; those of stacked experts stay as they are.
+        batches: Token ids, int64 `[rows, length]`.
+        targets: The original's `head_inputs` of each row, `[length, hidden]`.
+        epochs: How often the rows are seen.
+        learning_rate: Of the gains, which start at 1.
+        tokens_per_step: Tokens between two steps of the optimizer.
+        seed: Seed of the order of rows.
+        progress: Called with (steps done, steps in all, mean KL of the step in nats).
+
+    Raises:
+        LowbitError: too few rows, no layer to train, or logits that are made in an unknown way.
+    """
+    kept = max(1, len(batches) // HELD_OUT)
+    rows = len(batches) - kept
+    if rows < 1:
+        raise LowbitError(f"{len(batches)} calibration sequences are too few to train on: use 16 or more")
+    judge = _Judge(model, batches[:1])
+    held_out = range(rows, len(batches))
+    model.requires_grad_(False)
+    layers = _make_trainable(model, quantized)
+    norms = _Norms(model)
+    before = judge.mean(model, batches, targets, held_out)
+    optimizer = torch.optim.Adam(
+        [*(layer.gains for layer in layers.values()), *norms.gains.values()], betas=(0.9, 0.95)
+    )
+    at_once = max(1, tokens_per_step // batches.shape[1])
+    order = _order(rows, epochs, seed).split(at_once)
+    with _checkpointed(model):
+        for step, chosen in enumerate(order):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * _schedule(step, len(order))
+            loss = judge.step(model, batches[chosen], torch.stack([targets[i] for i in chosen]))
+            norms.take_gradients()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            norms.refresh()
+            for layer in layers.values():
+                layer.refresh()
+            if progress:
+                progress(step + 1, len(order), loss)
+    after = judge.mean(model, batches, targets, held_out)
+    learned = {name: layer.quantized() for name, layer in layers.items()}
+    return Distilled(learned, norms.weights(), before, after, kept, len(order))
+
+
+def _order(rows: int, epochs: float, seed: int) -> Tensor:
+    """Row numbers in the order of training; every epoch is a new permutation."""
+    generator = torch.Generator().manual_seed(seed)
+    permutations = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(epochs))]
+    return torch.cat(permutations)[: max(1, round(rows * epochs))]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    rise = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class _Judge:
+    """The divergence from the original, from the inputs of both heads.
+
+    The head is kept as it is at the start: it is not trained, and it is the original's own unless the
+    user asked for fewer bits, which the loss then can't see.
+    """
+
+    def __init__(self, model: PreTrainedModel, probe: Tensor) -> None:
+        self.head = model.get_output_embeddings()
+        self.finish = _logit_map(model, probe)
+        vocabulary = self.head.weight.shape[0]
+        self.tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
+
+    def divergence(self, own: Tensor, target: Tensor) -> Tensor:
+        """Sum over tokens of `KL(original || own)`, from head inputs `[tokens, hidden]`."""
+        q = self.finish(self.head(own)).float().log_softmax(-1)
+        with torch.no_grad():
+            p = self.finish(self.head(target)).float().log_softmax(-1)
+        return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+
+    def step(self, model: PreTrainedModel, ids: Tensor, target: Tensor) -> float:
+        """Gradients of the mean divergence; returns it. A few tokens' logits are in memory at a time."""
+        inputs = _head_input(model, ids)
+        flat, wanted = inputs.detach().flatten(0, -2), target.to(inputs.device).flatten(0, -2)
+        gradient, total = torch.empty_like(flat), 0.0
+        for start in range(0, len(flat), self.tokens_at_once):
+            part = slice(start, start + self.tokens_at_once)
+            leaf = flat[part].requires_grad_(True)
+            loss = self.divergence(leaf, wanted[part]) / len(flat)
+            (gradient[part],) = torch.autograd.grad(loss, leaf)
+            total += float(loss.detach())
+        inputs.backward(gradient.view_as(inputs))
+        return total
+
+    @torch.no_grad()
+    def mean(self, model: PreTrainedModel, ids: Tensor, targets: Sequence[Tensor], rows: range) -> float:
+        """Mean divergence over some rows, in nats per token."""
+        total, tokens = 0.0, 0
+        for row in rows:
+            own, wanted = _head_input(model, ids[row : row + 1])[0], targets[row]
+            for start in range(0, len(own), self.tokens_at_once):
+                part = slice(start, start + self.tokens_at_once)
+                total += float(self.divergence(own[part], wanted[part].to(own.device)))
+            tokens += len(own)
+        return total / tokens
+
+
+@torch.no_grad()
+def _logit_map(model: PreTrainedModel, probe: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the model does between its head and its logits: nothing, a factor, or a soft cap.
+
+    Raises:
+        LowbitError: something else.
+    """
+    probe = probe[:, :32]
+    raw = model.get_output_embeddings()(_head_input(model, probe)).float()
+    logits = model(input_ids=probe.to(model.device), use_cache=False).logits.float()
+    factor = float((logits * raw).sum() / raw.square().sum().clamp(min=1e-30))
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    maps: list[Callable[[Tensor], Tensor]] = [lambda z: z, lambda z: z * factor]
+    if cap:
+        maps.append(lambda z: cap * torch.tanh(z / cap))
+    for candidate in maps:
+        if (candidate(raw) - logits).abs().max() <= 0.02 * logits.abs().max():
+            return candidate
+    raise LowbitError(
+        f"{type(model).__name__} makes its logits in an unknown way: use --effort balanced for it"
+    )
+
+
+def _make_trainable(
+    model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight]
+) -> dict[str, TrainableLinear]:
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if name in quantized and type(module) is nn.Linear and module is not model.get_output_embeddings():
+            layer = TrainableLinear(quantized[name], module.bias, module.weight.dtype)
+            model.set_submodule(name, layer.to(module.weight.device))
+            layers[name] = layer
+    if not layers:
+        raise LowbitError(f"{type(model).__name__} has no quantized linear layer to train")
+    return layers
+
+
+class _Norms:
+    """Float32 gains on the weights of all norms, whose parameters in the model follow them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._initial: dict[str, Tensor] = {}
+        self._offsets: dict[str, float] = {}
+        self.gains: dict[str, nn.Parameter] = {}
+        for path, module in model.named_modules():
+            if topology.is_norm(module):
+                name, weight = f"{path}.weight", module.weight
+                self._offsets[name] = topology.norm_offset(module)
+                self._initial[name] = weight.detach().float() + self._offsets[name]
+                self._parameters[name] = weight.requires_grad_(True)
+                self.gains[name] = nn.Parameter(torch.ones_like(self._initial[name]))
+
+    def take_gradients(self) -> None:
+        """Hand the gradients of the model's parameters on to the gains."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self.gains[name].grad = parameter.grad.float() * self._initial[name]
+                parameter.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Follow the gains after a step of the optimizer."""
+        for name, weight in self.weights().items():
+            self._parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """New weights by parameter name, float32."""
+        return {name: self._initial[name] * gain - self._offsets[name] for name, gain in self.gains.items()}
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Blocks keep only their input for the backward pass, and run again in it."""
+    _, blocks = topology.decoder_blocks(model)
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own method shows again
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,0 +1,88 @@
+"""A linear layer whose codes stay and whose scales learn.
+
+The weight is `(codes - zeros) * scales * gains`: one trainable gain per group, 1 at the start, so that
+one learning rate suits every layer. Codes and zeros are integers and stay as they are; a gain only
+moves a scale that the file holds anyway, so what was learned costs no storage.
+
+Scales are rounded to the stored dtype in the forward, and the weight to bfloat16: the loss is that of
+what will be loaded. The gradient passes both roundings as if they were not there (Bengio et al. 2013,
+arXiv:1308.3432). It needs no codes: with `w = c * s * gain`, `dL/dgain = sum(dL/dw * w) / gain` over
+the group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import grid
+from lowbit.quantized import QuantizedWeight
+
+
+class TrainableLinear(nn.Module):
+    """`nn.Linear` on a quantized weight with trainable gains.
+
+    Attributes:
+        gains: float32 `[out, groups]`, factors on the scales.
+        weight: bfloat16 `[out, in]`, what a loader sees; kept up to date by `refresh`.
+    """
+
+    weight: Tensor
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.initial = quantized
+        self.bias = bias
+        self.gains = nn.Parameter(torch.ones(quantized.scales.shape, device=quantized.scales.device))
+        self.register_buffer("weight", torch.empty(quantized.shape, dtype=dtype), persistent=False)
+        self.refresh()
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The weight with its gains in its scales, rounded to the stored dtype.
+
+        Raises:
+            LowbitError: a scale overflowed.
+        """
+        start = self.initial
+        scales = grid.round_scales(start.scales.float() * self.gains, start.scales.dtype)
+        return QuantizedWeight(start.codes, scales.to(start.scales.dtype), start.zeros, start.scheme)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Follow the gains after a step of the optimizer."""
+        now, rows = self.quantized(), max(1, grid.SEARCHED_AT_ONCE // self.initial.shape[1])
+        for start in range(0, len(now.codes), rows):  # few rows at a time: they stay in the cache
+            part = slice(start, start + rows)
+            dense = grid.dequantize(now.codes[part], now.scales[part], now.zeros[part], now.scheme)
+            self.weight[part] = dense.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`."""
+        output: Tensor = _Product.apply(x, self.gains, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Product(torch.autograd.Function):
+    """`x @ weight.T + bias`, with a gradient for the gains and none for the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gains: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, gains, weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        x, gains, weight = ctx.saved_tensors
+        gradient = outputs[0]
+        rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        found = torch.empty_like(gains)
+        step = max(1, grid.SEARCHED_AT_ONCE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            part = slice(start, start + step)
+            # A few rows of dL/dw at a time: the whole of it is never in memory.
+            product = (rows[:, part].T @ inputs).float().mul_(weight[part])
+            found[part] = product.unflatten(-1, (gains.shape[1], -1)).sum(-1)
+        return gradient @ weight, found / gains, None, None

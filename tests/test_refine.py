@@ -1,0 +1,67 @@
+"""A checkpoint refined: closer to the original, the same codes, and it still loads everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lowbit import QuantScheme, hf
+from lowbit.blocks import fingerprint
+from lowbit.errors import LowbitError
+from lowbit.refine import refine
+
+
+def rows(count: int = 64) -> Tensor:
+    return torch.randint(3, 90, (count, 64), generator=torch.Generator().manual_seed(0))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def divergence(folder: Path, original: Path) -> float:
+    with torch.no_grad():
+        p = hf.load_stock(original, torch.float32)(input_ids=rows()[-4:]).logits.log_softmax(-1)
+        q = hf.load(folder, packed=False, dtype=torch.float32)(input_ids=rows()[-4:]).logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+def test_only_scales_and_norms_change(
+    format: str, tiny_model: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    original = tiny_model("llama")
+    folder = checkpoint("llama", QuantScheme(4, 32, format != "awq"), format=format)
+    done = refine(folder, original, tmp_path / "refined", rows(), epochs=12, tokens_per_step=512)
+    assert done.kept
+    assert done.after < done.before
+    before, after = tensors(folder), tensors(tmp_path / "refined")
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed <= {"weight_scale", "scales", "weight"}
+    assert changed & {"weight_scale", "scales"}
+    assert all("norm" in n for n in before if n.endswith(".weight") and not torch.equal(before[n], after[n]))
+    assert divergence(tmp_path / "refined", original) < divergence(folder, original)
+    config = json.loads((folder / "config.json").read_text())
+    assert json.loads((tmp_path / "refined" / "config.json").read_text()) == config
+    model = hf.load(tmp_path / "refined", packed=False)
+    for name, digest in done.fingerprints.items():
+        assert fingerprint(model.get_submodule(name).weight) == digest
+    assert (tmp_path / "refined" / "tokenizer.json").is_file()
+
+
+def test_a_model_that_is_not_quantized_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    with pytest.raises(LowbitError, match="not quantized"):
+        refine(folder, folder, tmp_path / "refined", rows())
+    assert not (tmp_path / "refined").exists()
