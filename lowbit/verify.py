@@ -18,11 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit import hf
 from lowbit.blocks import fingerprint
+from lowbit.formats import int_quantized
 from lowbit.quiet import quiet
 from lowbit.results import Verification
 
 STOCK = "stock transformers"
 TOLERANCE = 0.02  # nats; bfloat16 against float32 differs by about 0.001, one wrong matrix by 0.1 and more
+
+ROUNDED_TOLERANCE = 0.3
+"""The same where activations are rounded: each loader has its own rule for a token's scale, codes fall
+either way, and two such models are as far apart as either is from the original, or twice that."""
 
 
 class VerificationError(RuntimeError):
@@ -64,7 +69,8 @@ def verify(
         raise VerificationError(f"{folder} can't be read back by {loader}: {reason}") from error
     expected = torch.log_softmax(logits.float().cpu(), -1)
     kl = (expected.exp() * (expected - torch.log_softmax(read, -1))).sum(-1).mean().item()
-    if not kl <= TOLERANCE:
+    layout = hf.quantization_of(folder)[0].get("format")
+    if not kl <= (ROUNDED_TOLERANCE if layout == int_quantized.LAYOUT else TOLERANCE):
         raise VerificationError(
             f"logits of {folder} read back by {loader} are {kl:.3g} nats away from the quantized model's"
         )

@@ -26,6 +26,7 @@ from lowbit.inspection import inspect
 from lowbit.quantizer import find_format, quant_layers
 from lowbit.results import Report
 from lowbit.topology import matrices
+from lowbit.verify import VerificationError
 from tests.formats.samples import random_weight
 from tests.packed import IDS, assert_saved_as_read, distance, logits, spoil
 
@@ -180,6 +181,18 @@ def test_folds_are_written(quantize: Quantize, tiny_model: Callable[..., Path], 
         quantize(str(source), W8A8, method=method, output=tmp_path / method)
         found = load_file(tmp_path / method / "model.safetensors")
         assert torch.equal(found[norm], original[norm]) is same
+
+
+def test_the_noise_of_rounding_is_no_mistake(
+    quantize: Quantize, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader rounds activations by its own rule; what isn't rounded is held to the usual tolerance."""
+    monkeypatch.setattr("lowbit.verify.TOLERANCE", -1.0)
+    report = quantize(str(tiny_model("llama")), W8A8)
+    assert report.verification is not None
+    assert 0 < report.verification.kl < 0.05
+    with pytest.raises(VerificationError):
+        quantize(str(tiny_model("llama")), QuantScheme(8, -1), overwrite=True)
 
 
 def test_awq_is_refused(quantize: Quantize, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
