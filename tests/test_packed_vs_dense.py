@@ -17,7 +17,8 @@ from lowbit import QuantScheme, cpu
 def script() -> ModuleType:
     path = Path(__file__).parents[1] / "scripts" / "packed_vs_dense.py"
     spec = importlib.util.spec_from_file_location("packed_vs_dense", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
