@@ -6,6 +6,7 @@ neither a GPU nor Triton):
 - `quantize`: a model in, a quantized checkpoint out.
 - `load`: any checkpoint folder in, a transformers model out, its weights packed.
 - `enable`: the same for whatever `from_pretrained` and `pipeline` load from then on.
+- `convert`: a quantized checkpoint in, the same weights in another format out.
 - `perplexity`: what the quantization cost.
 - `QuantScheme`, `QuantizedWeight`: the grid, and a weight on it.
 - `LowbitError`: every refusal, one line that says what to do.
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowbit.conversion import convert
     from lowbit.errors import LowbitError
     from lowbit.evaluate import perplexity
     from lowbit.hf import load
@@ -35,12 +37,22 @@ _HOMES = {
     "LowbitError": "errors",
     "QuantScheme": "scheme",
     "QuantizedWeight": "quantized",
+    "convert": "conversion",
     "enable": "switch",
     "load": "hf",
     "perplexity": "evaluate",
     "quantize": "pipeline",
 }
-__all__ = ["LowbitError", "QuantScheme", "QuantizedWeight", "enable", "load", "perplexity", "quantize"]
+__all__ = [
+    "LowbitError",
+    "QuantScheme",
+    "QuantizedWeight",
+    "convert",
+    "enable",
+    "load",
+    "perplexity",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -132,8 +132,8 @@ def stored_dtype(source_dtype: torch.dtype, model_dtype: torch.dtype) -> torch.d
     return torch.float32 if keep else torch.bfloat16
 
 
-def check_target(output: Path, source: str, overwrite: bool) -> None:
-    """Refuse an output that would overwrite something.
+def check_target(output: Path, source: str, overwrite: bool, as_file: bool = False) -> None:
+    """Refuse an output, a folder or with `as_file` a file, that would overwrite something.
 
     Raises:
         LowbitError: `output` exists and is not empty (or is not a checkpoint), or holds the source.
@@ -141,14 +141,20 @@ def check_target(output: Path, source: str, overwrite: bool) -> None:
     origin = Path(source).expanduser().resolve()
     if source and origin.exists() and (origin == output or output in origin.parents):
         holds = "is" if origin == output else f"holds {source},"
-        raise LowbitError(f"--output {output} {holds} the model itself: choose another folder")
+        raise LowbitError(f"{output} {holds} the model itself: choose another folder")
+    if as_file:
+        if output.is_dir():
+            raise LowbitError(f"{output} is a folder: choose the name of a file")
+        if output.exists() and not overwrite:
+            raise LowbitError(f"{output} exists: choose another or add --overwrite")
+        return
     if output.is_file():
-        raise LowbitError(f"--output {output} is a file: choose a folder")
+        raise LowbitError(f"{output} is a file: choose a folder")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise LowbitError(f"--output {output} exists and is not empty: choose another or add --overwrite")
+            raise LowbitError(f"{output} exists and is not empty: choose another or add --overwrite")
         if not (output / "config.json").is_file():
-            raise LowbitError(f"--output {output} holds something else than a model: choose another folder")
+            raise LowbitError(f"{output} holds something else than a model: choose another folder")
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -163,7 +169,7 @@ def check_room(folder: Path, needed: int) -> None:
     if free < needed:
         raise LowbitError(
             f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed: "
-            "free some space or choose another --output"
+            "free some space or choose another place"
         )
 
 
@@ -181,7 +187,7 @@ def scratch_beside(output: Path) -> Iterator[Path]:
             scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent)
         except OSError as error:
             raise LowbitError(
-                f"--output {output} can't be written ({error.strerror}): choose another folder"
+                f"{output} can't be written ({error.strerror}): choose another folder"
             ) from None
         with scratch as name:
             yield Path(name)

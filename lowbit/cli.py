@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from lowbit import __version__
-from lowbit.commands import bench, compare, doctor, evaluate, generate, inspect, push, quantize
+from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, push, quantize
 from lowbit.errors import LowbitError
 
 COMMANDS = {
     "quantize": quantize,
+    "convert": convert,
     "eval": evaluate,
     "compare": compare,
     "inspect": inspect,

@@ -8,8 +8,8 @@ everything else is left to transformers. `load_stock` is what a user without low
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +175,48 @@ def dense_tensors(
         yield f"{module}.weight", dense.T.contiguous() if module in transposed else dense
 
 
-def layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] | Tensor]]:
-    """Tensors of a checkpoint by key; those of one packed layer by suffix, under its module's name."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def index(folder: Path, fmt: Format) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """File of every tensor of a checkpoint, and suffixes of the tensors of every packed layer.
+
+    Raises:
+        LowbitError: there is no safetensors file, or one is corrupt.
+    """
+    file_of: dict[str, Path] = {}
+    packed: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                module, _, suffix = key.rpartition(".")
-                if formats.is_part(fmt, suffix, opened.get_slice(key).get_dtype()):
-                    parts[module][suffix] = opened.get_tensor(key)
-                else:
-                    yield key, opened.get_tensor(key)
-    yield from parts.items()
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                    file_of[key] = file
+                    module, _, suffix = key.rpartition(".")
+                    if formats.is_part(fmt, suffix, opened.get_slice(key).get_dtype()):
+                        packed.setdefault(module, []).append(suffix)
+        except SafetensorError as error:
+            raise LowbitError(f"{file} is corrupt or truncated ({error}): get a sound copy") from None
+    if not file_of:
+        raise LowbitError(f"{folder} has no *.safetensors: give the folder of a checkpoint")
+    return file_of, packed
+
+
+def layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] | Tensor]]:
+    """Tensors of a checkpoint by key; those of one packed layer by suffix, under its module's name.
+
+    One tensor or layer is in memory at a time, also where a layer lies across two files.
+    """
+    file_of, packed = index(folder, fmt)
+    with ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt")) for file in set(file_of.values())
+        }
+        done: set[str] = set()
+        for key, file in file_of.items():
+            module, _, suffix = key.rpartition(".")
+            if suffix not in packed.get(module, ()):
+                yield key, opened[file].get_tensor(key)
+            elif module not in done:
+                done.add(module)
+                parts = {suffix: f"{module}.{suffix}" for suffix in packed[module]}
+                yield module, {end: opened[file_of[part]].get_tensor(part) for end, part in parts.items()}
 
 
 def _config(folder: str | Path) -> Any:

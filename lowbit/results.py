@@ -94,3 +94,32 @@ class Report:
     def calibration_used(self) -> bool:
         """Is `Layer.error` that of the output (on calibration data) or that of the weight?"""
         return not self.calibration.startswith("none")
+
+
+@dataclass
+class Conversion:
+    """What was written.
+
+    Attributes:
+        output: Where it is.
+        source_format: `quant_method` of the source.
+        format: Format of the result.
+        layers: Packed layers by scheme in the result (by type, in GGUF).
+        requantized: Reason, by module name, of every layer that was rounded again (`lossy`).
+        notes: What else the user should know.
+        warnings: One line for every engine that will not load the result.
+        source_bytes: Size of the source's tensors.
+        output_bytes: Size of the result's.
+        seconds: All of it, verification included.
+    """
+
+    output: Path
+    source_format: str
+    format: str
+    layers: dict[str, int] = field(default_factory=dict)
+    requantized: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    source_bytes: int = 0
+    output_bytes: int = 0
+    seconds: float = 0.0

@@ -26,7 +26,7 @@ from lowbit.comparison import Comparison
 from lowbit.evaluate import Result
 from lowbit.inspection import Inspection
 from lowbit.push import Upload
-from lowbit.results import Report
+from lowbit.results import Conversion, Report
 from lowbit.speed import Speed
 
 WORST = 5
@@ -110,6 +110,30 @@ def _verification(report: Report) -> str:
     found = report.verification
     same = f"{found.weights} weights equal to the bit, logits within {found.kl:.1e} nats"
     return f"read back by {found.loader}: {same}"
+
+
+def show_conversion(console: Console, result: Conversion) -> None:
+    """The summary at the end of `lowbit convert`."""
+    exact = sum(result.layers.values()) - len(result.requantized)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(result.layers.items()))
+    _facts(
+        console,
+        {
+            "converted": f"{result.source_format} -> {result.format}: {kinds}",
+            "exact": f"{exact} layers with the same codes, scales and zeros"
+            + (f"; {len(result.requantized)} were ROUNDED AGAIN (--lossy)" if result.requantized else ""),
+            "size": f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}",
+            "verified": "read back, every tensor as in the source",
+            "time": f"{result.seconds:.0f} s",
+            "written to": str(result.output),
+        },
+    )
+    for name, reason in _collapsed(result.requantized).items():
+        _line(console, "[red]rounded again[/]", f"{name}: {reason}")
+    for note in result.notes:
+        _line(console, "[yellow]note[/]", note)
+    for warning in result.warnings:
+        _line(console, "[yellow]engines[/]", warning)
 
 
 def show_result(console: Console, result: Result, notes: Sequence[str] = ()) -> None:

@@ -49,7 +49,7 @@ def verify(
     Raises:
         VerificationError: a weight or the logits differ.
     """
-    own = format_name in ("gptq", "awq")
+    own = format_name in ("gptq", "gptq-v2", "awq")
     stock = not own or importlib.util.find_spec("gptqmodel") is not None
     loader = STOCK if stock else f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
     try:

@@ -70,28 +70,26 @@ def test_an_output_that_is_taken(refused: Refused, tiny_model: Folders, tmp_path
     refused.output.mkdir(parents=True)
     (refused.output / "config.json").write_text("{}")
     line = refused(tiny_model("llama"))
-    assert line == f"--output {refused.output} exists and is not empty: choose another or add --overwrite"
+    assert line == f"{refused.output} exists and is not empty: choose another or add --overwrite"
 
 
 def test_an_output_that_is_no_checkpoint(refused: Refused, tiny_model: Folders) -> None:
     refused.output.mkdir(parents=True)
     (refused.output / "thesis.tex").write_text("ten years")
     line = refused(tiny_model("llama"), "--overwrite")
-    assert line == f"--output {refused.output} holds something else than a model: choose another folder"
+    assert line == f"{refused.output} holds something else than a model: choose another folder"
 
 
 def test_an_output_that_is_a_file(refused: Refused, tiny_model: Folders) -> None:
     refused.output.parent.mkdir()
     refused.output.write_text("")
-    assert (
-        refused(tiny_model("llama"), "--overwrite") == f"--output {refused.output} is a file: choose a folder"
-    )
+    assert refused(tiny_model("llama"), "--overwrite") == f"{refused.output} is a file: choose a folder"
 
 
 def test_an_output_that_is_the_model(refused: Refused, tiny_model: Folders, tmp_path: Path) -> None:
     refused.output = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     line = refused(refused.output, "--overwrite")
-    assert line == f"--output {refused.output} is the model itself: choose another folder"
+    assert line == f"{refused.output} is the model itself: choose another folder"
 
 
 def test_an_output_that_holds_the_model(refused: Refused, tiny_model: Folders, tmp_path: Path) -> None:
@@ -105,7 +103,7 @@ def test_an_output_that_cannot_be_written(refused: Refused, tiny_model: Folders,
     (tmp_path / "file").write_text("")
     refused.output = tmp_path / "file" / "out"
     line = refused(tiny_model("llama"))
-    assert line.startswith(f"--output {refused.output} can't be written (")
+    assert line.startswith(f"{refused.output} can't be written (")
     assert line.endswith("choose another folder")
 
 
@@ -119,7 +117,7 @@ def test_an_output_in_a_folder_of_others(refused: Refused, tiny_model: Folders, 
 def test_a_disk_without_room(refused: Refused, tiny_model: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     line = refused(tiny_model("llama"))
-    assert "0.00 GB free and 0.05 GB are needed: free some space or choose another --output" in line
+    assert "0.00 GB free and 0.05 GB are needed: free some space or choose another place" in line
 
 
 def test_a_disk_that_fills_up(refused: Refused, tiny_model: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import lowbit
 from lowbit import QuantScheme, cli
@@ -152,6 +154,37 @@ def test_nothing_but_the_summary_is_printed(tiny_model: Folders, tmp_path: Path)
     assert done.stderr == ""
     assert "%|" not in done.stdout
     assert "quantized" in done.stdout
+
+
+def test_convert(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, out, err = run("convert", checkpoint, tmp_path / "gptq", "--format", "gptq")
+    assert (code, err) == (0, "")
+    assert "compressed-tensors -> gptq: 21 x w4g32" in out
+    assert "21 layers with the same codes, scales and zeros" in out
+    code, out, err = run(
+        "convert", tmp_path / "gptq", tmp_path / "back", "--format", "compressed-tensors", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["layers"] == {"w4g32": 21}
+    back, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", checkpoint))
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
+    code, out, err = run("convert", checkpoint, tmp_path / "model.gguf")
+    assert "21 x Q4_0" in out
+    code, out, err = run("convert", checkpoint, tmp_path / "model.gguf")
+    assert (code, out) == (2, "")
+    assert err.endswith("model.gguf exists: choose another or add --overwrite\n")
+
+
+def test_convert_says_what_it_rounded_again(run: Run, tiny_model: Folders, tmp_path: Path) -> None:
+    lowbit.quantize(tiny_model("llama"), QuantScheme(8, 32), output=tmp_path / "w8", method="rtn")
+    code, out, err = run("convert", tmp_path / "w8", tmp_path / "awq", "--format", "awq")
+    assert (code, out) == (2, "")
+    assert "awq holds 4 bits only, got bits=8" in err
+    code, out, _ = run("convert", tmp_path / "w8", tmp_path / "awq", "--format", "awq", "--lossy")
+    assert code == 0
+    assert "21 were ROUNDED AGAIN (--lossy)" in out
+    assert "codes of 8 bits can't be carried over to 4 bits" in out
 
 
 def test_inspect(run: Run, checkpoint: Path) -> None:

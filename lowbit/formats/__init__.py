@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.formats import awq, compressed_tensors, gptq
+from lowbit.errors import LowbitError
+from lowbit.formats import awq, compressed_tensors, gptq, gptq_v2
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -27,7 +28,10 @@ class Format(Protocol):
     """The `quant_method` that transformers and the engines look up."""
 
     SCALE_DTYPE: torch.dtype
-    """dtype in which scales are stored."""
+    """dtype to which quantizing rounds scales."""
+
+    SCALE_DTYPES: tuple[torch.dtype, ...]
+    """Every dtype in which scales can be stored, `SCALE_DTYPE` first."""
 
     TENSORS: tuple[str, ...]
     """Names of the tensors that may stand for one `weight`."""
@@ -117,8 +121,27 @@ def is_part(fmt: Format, suffix: str, dtype: str) -> bool:
     return suffix in fmt.TENSORS and (suffix != "weight" or dtype == "I8")
 
 
+def write(fmt: Format, weight: QuantizedWeight, order: Tensor | None) -> dict[str, Tensor]:
+    """The inverse of `read`: tensors of one layer, its columns back in their own order.
+
+    Raises:
+        LowbitError: as `Format.pack`, or the format has no place for an order of columns.
+    """
+    if order is None:
+        return fmt.pack(weight)
+    if "g_idx" not in fmt.TENSORS:
+        raise LowbitError(
+            f"groups are scattered over the columns (act-order), which {fmt.QUANT_METHOD} can't hold: "
+            "use --format gptq, or --lossy to quantize again"
+        )
+    inverse = torch.argsort(order)
+    tensors = fmt.pack(replace(weight, codes=weight.codes[:, inverse]))
+    return tensors | {"g_idx": tensors["g_idx"][inverse]}
+
+
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
+    "gptq-v2": gptq_v2,
     "awq": awq,
 }

@@ -24,6 +24,7 @@ from lowbit.scheme import QuantScheme
 
 QUANT_METHOD = "awq"
 SCALE_DTYPE = torch.float16
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16,)
 TENSORS: tuple[str, ...] = ("qweight", "qzeros", "scales")
 
 _BITS = 4
@@ -77,7 +78,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         ValueError: scales are not float16.
     """
     _require_scheme(weight.scheme)
-    limits.require_scale_dtype(weight.scales, SCALE_DTYPE)
+    limits.require_scale_dtype(weight.scales, SCALE_DTYPES)
     return {
         "qweight": packing.pack(_reorder(weight.codes, _ORDER).t(), _BITS),
         "qzeros": packing.pack(_reorder(weight.zeros, _ORDER).t(), _BITS),

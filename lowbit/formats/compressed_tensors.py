@@ -1,7 +1,7 @@
 """The layouts of compressed-tensors: `pack-quantized`, which vLLM prefers, and `int-quantized`.
 
     weight_packed      int32    [out, ceil(in * bits / 32)]      dense stream of bits along the row
-    weight_scale       bfloat16 [out, groups]
+    weight_scale       bfloat16 [out, groups]                float16 where scales came from elsewhere
     weight_shape       int64    [2] = [out, in]
     weight_zero_point  int32    [ceil(out * bits / 32), groups]  asymmetric only; packed along `out`
 
@@ -40,6 +40,7 @@ from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 QUANT_METHOD = "compressed-tensors"
 SCALE_DTYPE = torch.bfloat16
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 TENSORS: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
 
 _LAYOUT = "pack-quantized"
@@ -120,9 +121,9 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of one layer; see the module docstring for shapes.
 
     Raises:
-        ValueError: scales are not bfloat16.
+        ValueError: scales are neither bfloat16 nor float16.
     """
-    limits.require_scale_dtype(weight.scales, SCALE_DTYPE)
+    limits.require_scale_dtype(weight.scales, SCALE_DTYPES)
     if weight.scheme.activation_bits:
         return int_quantized.pack(weight)
     bits = weight.scheme.bits

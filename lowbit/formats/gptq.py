@@ -7,8 +7,8 @@ Everything is transposed, `[in, out]`, and packed as a dense stream of bits:
     scales   float16 [groups, out]
     g_idx    int32   [in]                       group of every input column
 
-The first convention stores `zeros - 1`; the second (`gptq_v2`) stores `zeros`. lowbit writes the
-first, which every reader knows. A zero of 0 cannot be written in it: readers add one to the packed
+The first convention stores `zeros - 1`; the second (`gptq_v2.py`) stores `zeros`. lowbit quantizes
+into the first, which every reader knows. A zero of 0 cannot be written in it: readers add one to the packed
 word, so the stored -1 carries into the neighbour. The two conventions cannot be told apart from
 the tensors, hence the `config` argument of `unpack`.
 
@@ -37,6 +37,7 @@ from lowbit.scheme import QuantScheme
 
 QUANT_METHOD = "gptq"
 SCALE_DTYPE = torch.float16
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float16,)
 TENSORS: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -97,13 +98,19 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         LowbitError: a zero is 0.
         ValueError: scales are not float16.
     """
-    limits.require_scale_dtype(weight.scales, SCALE_DTYPE)
-    if int(weight.zeros.min()) == 0:
-        raise LowbitError("gptq cannot store a zero of 0: quantize again, or use --format compressed-tensors")
+    return pack_as("gptq", weight)
+
+
+def pack_as(layout: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """`pack` in the convention `layout`, `gptq` or `gptq_v2`; raises as `pack` does."""
+    limits.require_scale_dtype(weight.scales, SCALE_DTYPES)
+    offset = _ZERO_OFFSETS[layout]
+    if int(weight.zeros.min()) < offset:
+        raise LowbitError("gptq cannot store a zero of 0: use --format gptq-v2 or compressed-tensors")
     bits, in_features = weight.scheme.bits, weight.shape[1]
     return {
         "qweight": packing.pack(weight.codes, bits).t().contiguous(),
-        "qzeros": packing.pack((weight.zeros - _ZERO_OFFSETS["gptq"]).t(), bits),
+        "qzeros": packing.pack((weight.zeros - offset).t(), bits),
         "scales": weight.scales.t().contiguous(),
         "g_idx": _natural_order(in_features, weight.scheme).to(weight.codes.device),
     }

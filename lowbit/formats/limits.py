@@ -95,10 +95,10 @@ def require_keys(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         raise LowbitError(f"quantization_config lacks {missing}: add them to config.json")
 
 
-def require_scale_dtype(scales: Tensor, dtype: torch.dtype) -> None:
+def require_scale_dtype(scales: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise `ValueError` if scales were rounded for another format: a cast would round them twice."""
-    if scales.dtype != dtype:
-        raise ValueError(f"scales must be {dtype}, got {scales.dtype}")
+    if scales.dtype not in dtypes:
+        raise ValueError(f"scales must be {' or '.join(map(str, dtypes))}, got {scales.dtype}")
 
 
 def marlin_warnings(schemes: Mapping[str, QuantScheme], shapes: Mapping[str, tuple[int, int]]) -> list[str]:

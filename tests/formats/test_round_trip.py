@@ -41,7 +41,7 @@ CASES = [
 
 def test_every_format_is_tried() -> None:
     counted = {name: sum(case.values[0] is fmt for case in CASES) for name, fmt in FORMATS.items()}
-    assert counted == {"compressed-tensors": 33, "gptq": 32, "awq": 4}
+    assert counted == {"compressed-tensors": 33, "gptq": 32, "gptq-v2": 32, "awq": 4}
 
 
 @pytest.mark.parametrize(("fmt", "scheme"), CASES)
@@ -92,9 +92,10 @@ def test_what_rounding_makes_survives(fmt: Format, scheme: QuantScheme) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_scales_of_another_dtype_are_refused(fmt: Format) -> None:
-    (other,) = {torch.bfloat16, torch.float16} - {fmt.SCALE_DTYPE}
-    with pytest.raises(ValueError, match="scales must be"):
-        fmt.pack(random_weight(QuantScheme(4, 32, False), (32, 64), other))
+    assert fmt.SCALE_DTYPES[0] == fmt.SCALE_DTYPE
+    for other in {torch.bfloat16, torch.float16, torch.float32} - set(fmt.SCALE_DTYPES):
+        with pytest.raises(ValueError, match="scales must be"):
+            fmt.pack(random_weight(QuantScheme(4, 32, False), (32, 64), other))
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
