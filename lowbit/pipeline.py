@@ -258,10 +258,14 @@ class _Road:
         """Train the scales and norms of what is in `folder`; see `refine.py`."""
         started, refined = time.monotonic(), folder.with_name("refined")
         self.source.release()
-        done = refine(
-            folder, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
-            device=self.device, progress=self.progress,
-        )  # fmt: skip
+        try:
+            done = refine(
+                folder, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
+                device=self.device, progress=self.progress,
+            )  # fmt: skip
+        except LowbitError as error:  # what was rounded stands, and took longer
+            self.report.notes.append(f"scales and norms were not trained: {error}")
+            return
         told = f"KL on {done.held_out} rows that were not trained on {done.before:.4f} -> {done.after:.4f}"
         if done.kept:
             shutil.rmtree(folder)

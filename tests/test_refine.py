@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowbit import QuantScheme, hf
+from lowbit import QuantScheme, hf, quantize
 from lowbit.blocks import fingerprint
 from lowbit.errors import LowbitError
 from lowbit.refine import refine
@@ -58,6 +58,20 @@ def test_only_scales_and_norms_change(
     for name, digest in done.fingerprints.items():
         assert fingerprint(model.get_submodule(name).weight) == digest
     assert (tmp_path / "refined" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("family", "told"), [("llama", "trained for"), ("gpt2", "were not trained: GPT2LM")])
+def test_effort_high_trains_or_says_why_not(
+    family: str, told: str, tiny_model: Callable[..., Path], text_file: str, tmp_path: Path
+) -> None:
+    report = quantize(
+        tiny_model(family), QuantScheme(3, 32, False), output=tmp_path / "out", effort="high", format="gptq",
+        dataset=text_file, samples=48, seq_len=64,
+    )  # fmt: skip
+    assert report.method == "qronos"
+    assert any(told in note for note in report.notes), report.notes
+    assert report.verification is not None
+    assert divergence(tmp_path / "out", tiny_model(family)) < 0.5
 
 
 def test_a_model_that_is_not_quantized_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
