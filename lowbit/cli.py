@@ -6,8 +6,10 @@ Every refusal is one line on stderr and exit code 2; a failed verification is ex
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -79,9 +81,19 @@ def _terminate(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)  # an exception, so that scratch folders are removed
 
 
+def _deliver_again(lost: Any) -> None:
+    """Repeat a signal that came inside a destructor or a callback, where Python drops exceptions."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if number is None:
+        sys.__unraisablehook__(lost)
+    else:
+        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+
+
 def main() -> None:
     """Entry point of the `lowbit` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _deliver_again
     try:
         code = app(prog_name="lowbit", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt

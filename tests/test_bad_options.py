@@ -160,6 +160,17 @@ def test_an_interruption_in_the_middle(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_an_interruption_inside_a_destructor_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", cli._deliver_again)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        Interrupted()
+        time.sleep(10)
+
+
 def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     process = start("quantize", tmp_path / "model", "-o", tmp_path / "out")

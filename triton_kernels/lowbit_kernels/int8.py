@@ -86,7 +86,7 @@ def int8_kernel(
         else:
             a = tl.load(x_pointers, mask=(start + column < K)[None, :], other=0)
             b = tl.load(w_pointers, mask=(start + column < K)[:, None], other=0)
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
         x_pointers += BK
         w_pointers += BK
     row_mask, feature_mask = row < M, feature < N
