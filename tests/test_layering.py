@@ -88,6 +88,7 @@ LEVELS = {
     "comparison": 15,
     "comparison_page": 16,
     "push": 16,
+    "road": 19,
     "terminal": 20,
     "pipeline": 20,
     "conversion": 20,
@@ -108,7 +109,16 @@ LEVELS = {
 }
 
 # What reading a checkpoint must never need.
-ONLY_FOR_QUANTIZING = {"algorithms", "batches", "blocks", "calibration", "dataset", "pipeline", "sampling"}
+ONLY_FOR_QUANTIZING = {
+    "algorithms",
+    "batches",
+    "blocks",
+    "calibration",
+    "dataset",
+    "pipeline",
+    "road",
+    "sampling",
+}
 LOADERS = ("hf", "checkpoint")
 HEAVY = ("torch", "transformers", "datasets", "triton", "compressed_tensors", "lowbit_kernels")
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit import QuantScheme, hf, pipeline
+from lowbit import QuantScheme, hf
 from lowbit.algorithms import REWRITES, awq
 from lowbit.dataset import evaluation_windows
 from lowbit.evaluate import compare
 from lowbit.results import Report
+from lowbit.road import Road
 from tests.tiny import TEXT, make_model, make_tokenizer
 
 Folders = Callable[..., Path]
@@ -238,13 +239,13 @@ def test_one_block_is_in_memory_at_a_time(
     quantize: Callable[..., Report], tiny_model: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roads: list[Any] = []
-    create = pipeline._Road.__init__
+    create = Road.__init__
 
     def record(self: Any, *args: Any) -> None:
         create(self, *args)
         roads.append(self)
 
-    monkeypatch.setattr(pipeline._Road, "__init__", record)
+    monkeypatch.setattr(Road, "__init__", record)
     seen: set[tuple[int, ...]] = set()
     outside: set[bool] = set()
 
