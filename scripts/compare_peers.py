@@ -5,8 +5,8 @@
 Every peer gets an environment of its own under `--environments`, made at its first run from the
 pinned list below. `scripts/peers/*.py` run inside it, one process for each run: they read MODEL and
 the calibration tokens (drawn once, by lowbit's own code) and leave the dequantized model as dense
-bfloat16, which `lowbit eval` compares with MODEL. lowbit's own runs (`--only lowbit`) quantize with
-the same tokens and are evaluated from their packed checkpoint.
+bfloat16, which is compared with MODEL as `lowbit compare` does it. lowbit's own runs (`--only lowbit`)
+quantize with the same tokens and are evaluated from their packed checkpoint.
 
 CPU seconds run from reading the model to its quantized weights; a run on a model of one block comes
 first, so that what a peer compiles once is not counted. Results are appended to `--results` as JSON
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,10 +100,10 @@ RUNS = [
         ("llmcompressor", "gptq"), ("gptqmodel", "gptq"), ("llmcompressor", "awq"), ("hqq", "hqq"),
         ("auto-round", "rtn"), ("auto-round", "signround"), ("llmcompressor", "rtn"),
     )),
-    *(run for method in ("rtn", "awq", "gptq") for run in both("lowbit", method)),
-    Run("lowbit", "gptq", 3),
-    Run("lowbit", "gptq", 2),
+    *(run for method in ("fast", "gptq", "awq", "balanced", "high", "max") for run in both("lowbit", method)),
+    *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
 ]  # fmt: skip
+EFFORTS = ("fast", "balanced", "high", "max")
 COLUMNS = "peer | method | scheme | bits/weight | text | ppl ratio | KL | top-1 | CPU s | peak GB"
 MARKERS = ("<!-- peers: begin -->\n", "<!-- peers: end -->")
 
@@ -203,7 +204,8 @@ def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
 def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """lowbit itself; `folder / "made"` is its packed checkpoint."""
     made = lowbit(
-        "quantize", options.model, "--output", folder / "made", "--method", run.method, "--bits", run.bits,
+        "quantize", options.model, "--output", folder / "made",
+        "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
         "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
         "--dataset", options.calibration, "--samples", options.samples, "--seq-len", options.seq_len,
         "--seed", options.seed,
@@ -218,18 +220,36 @@ def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[s
     }  # fmt: skip
 
 
+@cache
+def original(model: str, text: str, seq_len: int) -> tuple[Any, Any]:
+    """Windows of `text` (`FILE:WINDOWS`), and the original's logits for them: it runs once."""
+    from lowbit import hf
+    from lowbit.comparison import Original
+    from lowbit.dataset import evaluation_windows, read_documents
+
+    file, _, windows = text.rpartition(":")
+    tokens = evaluation_windows(read_documents(file, "test"), hf.load_tokenizer(model), seq_len, int(windows))
+    return tokens, Original(hf.load(model, packed=False), tokens, lambda *told: None)
+
+
+def evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What `lowbit compare` finds for a checkpoint, text by text."""
+    from lowbit import hf
+    from lowbit.evaluate import compare
+
+    model, found = hf.load(folder, packed=False), {}
+    for text in options.text:
+        tokens, logits = original(options.model, text, options.eval_seq_len)
+        found[Path(text.rpartition(":")[0]).stem] = compare(model, logits, tokens).to_dict()
+    return found
+
+
 def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """Quantize once and evaluate on every text."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         spent = (quantize_ours if run.peer == "lowbit" else quantize)(run, options, folder)
-        found = {}
-        for text in options.text:
-            file, _, windows = text.rpartition(":")
-            found[Path(file).stem] = lowbit(
-                "eval", folder / "made", "--reference", options.model, "--dataset", file,
-                "--seq-len", options.eval_seq_len, "--windows", windows,
-            )  # fmt: skip
+        found = evaluate(folder / "made", options)
     return {**spent, "group_size": run.group_size or options.group_size, "texts": found}
 
 

@@ -203,7 +203,7 @@ def test_lowbits_own_row_from_the_command_line(
     page.write_text("<!-- peers: begin -->\n<!-- peers: end -->\n")
     command = [
         sys.executable, str(SCRIPTS / "compare_peers.py"), str(tiny_model("llama")),
-        "--only", "lowbit-rtn-4-sym", "--group-size", "32",
+        "--only", "lowbit-fast-4-sym", "--group-size", "32",
         "--calibration", text_file, "--text", f"{text_file}:2", "--eval-seq-len", "48",
         "--results", str(results), "--docs", str(page),
     ]  # fmt: skip
