@@ -18,9 +18,10 @@ from lowbit import pages, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, watch
 from lowbit.hardware import bfloat16_products
-from lowbit.plan import Plan
+from lowbit.plan import Plan, align
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
+from lowbit.scheme import QuantScheme
 from lowbit.source import Source, free
 from lowbit.stream import Stream
 from lowbit.topology import Matrix
@@ -104,7 +105,7 @@ class BlockQuantizer:
     def _quantize(self, number: int) -> QuantizedBlock:
         matrices = self.plan.matrices(number)
         groups = find_groups(matrices, lambda: self.stream.run(number, self._probe))
-        notes = _align_skips(self.plan, groups)
+        notes = align(self.plan, [[matrix.module_name for matrix in group.matrices] for group in groups])
         rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES)
         if self._corrected:
             quantized, layers = self._correct_and_round(number, matrices, groups)
@@ -192,8 +193,9 @@ class BlockQuantizer:
         ]
 
     def _find_scales(self, group: Group) -> Tensor | None:
-        weights = [matrix.weight for matrix in self._members(group)]
-        scheme, dtype = self.plan.scheme, self.scale_dtype
+        members = self._members(group)
+        weights = [matrix.weight for matrix in members]
+        scheme, dtype = self.plan.scheme_of(members[0].module_name), self.scale_dtype
         if not self._rounds_inputs:
             return REWRITES[self.method](weights, group.moment.mean(), scheme, dtype)
         scales = smooth.find_channel_scales(weights, group.sample.rows, group.sample.peaks, scheme, dtype)
@@ -231,13 +233,12 @@ class BlockQuantizer:
         drift, group.drift = group.drift, None
         if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
             stacked, _ = CORRECTIONS[self.method](stacked, hessian, drift.mean(), drift.held_out)
-        weight, note = ALGORITHMS[self.method].quantize_weight(
-            stacked, hessian, self.plan.scheme, self.scale_dtype
-        )
+        scheme = self.plan.scheme_of(members[0].module_name)
+        weight, note = ALGORITHMS[self.method].quantize_weight(stacked, hessian, scheme, self.scale_dtype)
         sizes = [matrix.shape[0] for matrix in members]
         errors = _relative_errors(stacked, weight, hessian, sizes)
         for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
-            yield matrix, part, Layer(matrix.module_name, matrix.shape, str(self.plan.scheme), error, note)
+            yield matrix, part, Layer(matrix.module_name, matrix.shape, str(scheme), error, note)
 
     def _rest(self, number: int, done: Collection[str], rewritten: bool) -> dict[str, Tensor | None]:
         """Norms, biases, routers, skipped weights: as in the source, unless a rewrite touched the block."""
@@ -276,21 +277,6 @@ def _stages(groups: Sequence[Group]) -> list[list[Group]]:
     return list(stages.values())
 
 
-def _align_skips(plan: Plan, groups: Sequence[Group]) -> list[str]:
-    """Matrices that share an input are fused by engines (q/k/v, gate/up): skip all of them or none."""
-    notes = []
-    for group in groups:
-        names = [matrix.module_name for matrix in group.matrices]
-        skipped = [name for name in names if plan.skipped.get(name, "").startswith("--skip")]
-        others = [name for name in names if name not in plan.skipped]
-        if skipped and others:
-            plan.skipped.update(
-                dict.fromkeys(others, f"shares its input with {skipped[0]}, which is skipped")
-            )
-            notes += [f"{name} is skipped too: engines fuse it with {skipped[0]}" for name in others]
-    return notes
-
-
 def _relative_errors(
     original: Tensor, weight: QuantizedWeight, hessian: Tensor | None, sizes: Sequence[int]
 ) -> list[float]:
@@ -308,26 +294,25 @@ def _relative_errors(
 
 def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     """Quantized weights under the names of the source's files; stacked experts are taken apart there."""
-    by_parameter: dict[str, list[QuantizedWeight]] = {}
+    alike: dict[QuantScheme, dict[str, list[QuantizedWeight]]] = {}
     # Experts in order: those that no token of the probe reached were quantized last.
     for matrix, weight in sorted(quantized.items(), key=lambda item: item[0].index or 0):
-        by_parameter.setdefault(matrix.name, []).append(weight)
+        alike.setdefault(weight.scheme, {}).setdefault(matrix.name, []).append(weight)
 
-    def renamed(field: str) -> dict[str, Tensor]:
+    def renamed(by_parameter: Mapping[str, list[QuantizedWeight]], field: str) -> dict[str, Tensor]:
         tensors = {}
         for name, weights in by_parameter.items():
             parts = [getattr(weight, field) for weight in weights]
             tensors[name] = parts[0] if len(parts) == 1 else torch.stack(parts)
         return source.names_on_disk(tensors)
 
-    if not quantized:
-        return {}
-    scheme = next(iter(quantized.values())).scheme
-    codes, scales, zeros = renamed("codes"), renamed("scales"), renamed("zeros")
-    return {
-        key.removesuffix(".weight"): QuantizedWeight(codes[key], scales[key], zeros[key], scheme)
-        for key in codes
-    }
+    found = {}
+    for scheme, by_parameter in alike.items():
+        codes, scales, zeros = (renamed(by_parameter, field) for field in ("codes", "scales", "zeros"))
+        for key in codes:
+            name = key.removesuffix(".weight")
+            found[name] = QuantizedWeight(codes[key], scales[key], zeros[key], scheme)
+    return found
 
 
 def fingerprint(weight: Tensor) -> bytes:

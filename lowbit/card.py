@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def metadata(record: Mapping[str, Any]) -> ModelCardData:
     """The header of the card."""
     quantization = record["quantization"]
     scheme, method, form = quantization["scheme"], quantization["method"], quantization["format"]
-    bits = scheme.removeprefix("w").partition("g")[0]
+    bits = [f"{width}-bit" for width in sorted(set(re.findall(r"\bw(\d+)", scheme)))]
     dataset = hub_id(quantization["calibration"].partition(":")[0])
     given = {name: value for name, value in record.get("source", {}).items() if value}
     if record["base_model"]:
@@ -85,7 +86,7 @@ def metadata(record: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         datasets=[dataset] if dataset else None,
-        tags=list(dict.fromkeys(["lowbit", "quantized", method, form, *([f"{bits}-bit"] * bits.isdigit())])),
+        tags=list(dict.fromkeys(["lowbit", "quantized", method, form, *bits])),
         **({"pipeline_tag": TASK} | given),
     )
 

@@ -8,7 +8,7 @@ the end, after it was read back and compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ def quantize(
     skip: Sequence[str] = (),
     head_bits: int | None = None,
     auto_group: bool = False,
+    schemes: Mapping[str, QuantScheme] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     max_shard_size: str = "5GB",
@@ -73,6 +74,8 @@ def quantize(
         skip: Patterns of modules to leave in full precision (`*.down_proj`).
         head_bits: Also quantize the output head, to this many bits.
         auto_group: Let the model decide the group size.
+        schemes: Other grids for some modules, by pattern as in `skip` (`{"down_proj": QuantScheme(8)}`);
+            the last that matches counts. Modules that share an input share the widest.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: Working precision: `auto`, `float32`, `bfloat16`.
         max_shard_size: Size of a safetensors shard.
@@ -104,7 +107,7 @@ def quantize(
         folder = _find(model, tokenizer, scratch)
         opened = Source(folder, find_dtype(dtype, where))
         plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
-                         auto_group=auto_group or scheme is None)  # fmt: skip
+                         auto_group=auto_group or scheme is None, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
         batches, rows = find_batches(
@@ -178,7 +181,8 @@ def _estimated_bytes(source: Source, plan: Plan) -> int:
         for matrix in plan.matrices(block):
             out, width = matrix.shape
             dense = matrix.module_name in plan.skipped
-            bits += out * width * (16 if dense else plan.scheme.bits_per_weight(width))
+            per_weight = plan.scheme_of(matrix.module_name).bits_per_weight(width)
+            bits += out * width * (16 if dense else per_weight)
     blocks = sum(p.numel() for p in plan.blocks.parameters())
     rest = sum(p.numel() for p in source.model.parameters()) - blocks
     return int(1.1 * (bits / 8 + 2 * rest)) + 50_000_000

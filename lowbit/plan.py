@@ -7,7 +7,7 @@ the summary shows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -33,6 +33,7 @@ class Plan:
         path: Path of the list of decoder blocks.
         blocks: The list itself.
         scheme: Grid of the blocks' matrices.
+        schemes: By module name, the grid of those that have another one.
         head: Grid of the output head; None leaves it in full precision.
         skipped: Reason, by module name, of everything that stays in full precision.
     """
@@ -42,6 +43,11 @@ class Plan:
     scheme: QuantScheme
     head: QuantScheme | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
+
+    def scheme_of(self, name: str) -> QuantScheme:
+        """Grid of the module `name` of a block."""
+        return self.schemes.get(name, self.scheme)
 
     def matrices(self, block: int) -> list[Matrix]:
         """All matrices of block number `block`."""
@@ -56,6 +62,7 @@ def make_plan(
     skip: Sequence[str] = (),
     head_bits: int | None = None,
     auto_group: bool = False,
+    schemes: Mapping[str, QuantScheme] | None = None,
 ) -> Plan:
     """Decide what is quantized.
 
@@ -67,6 +74,7 @@ def make_plan(
             the whole name and against its end (`down_proj`, `layers.0.*`).
         head_bits: Quantize the output head to this many bits.
         auto_group: Replace the group size by the largest of 128, 64, 32 that divides every matrix.
+        schemes: Other grids, by pattern as in `skip`; the last pattern that matches a module counts.
 
     Raises:
         LowbitError: see the module's docstring.
@@ -79,17 +87,20 @@ def make_plan(
     wanted = [matrix for matrix in everything if matrix.module_name not in plan.skipped]
     if not wanted:
         raise LowbitError(f"{type(model).__name__} has no linear layer left to quantize: see --skip")
+    for pattern, special in (schemes or {}).items():
+        plan.schemes |= dict.fromkeys(_matched(everything, pattern, "scheme for"), special)
+    usual = [matrix for matrix in wanted if matrix.module_name not in plan.schemes] or wanted
     if auto_group:
-        plan.scheme = replace(scheme, group_size=_largest_group(wanted))
-    _check_groups(wanted, plan.scheme)
+        plan.scheme = replace(scheme, group_size=_largest_group(usual))
+    _check_groups(usual, plan.scheme)
     for matrix in wanted:
-        fmt.check_layer(matrix.module_name, *matrix.shape, plan.scheme, matrix.kind)
+        fmt.check_layer(matrix.module_name, *matrix.shape, plan.scheme_of(matrix.module_name), matrix.kind)
     if head_bits is not None and any(matches(head_name(model), pattern) for pattern in skip):
         raise LowbitError(f"--skip {head_name(model)} and --head-bits {head_bits} contradict: drop one")
     _plan_head(plan, model, fmt, head_bits)
-    schemes = {matrix.module_name: plan.scheme for matrix in wanted}
+    planned = {matrix.module_name: plan.scheme_of(matrix.module_name) for matrix in wanted}
     dense = [matrix.module_name for matrix in everything if matrix.module_name in plan.skipped]
-    fmt.check(schemes | ({head_name(model): plan.head} if plan.head else {}), dense)
+    fmt.check(planned | ({head_name(model): plan.head} if plan.head else {}), dense)
     known = {matrix.name for matrix in everything}
     for name in topology.other_matrices(model, known):
         module = name.removesuffix(".weight")
@@ -100,16 +111,22 @@ def make_plan(
 
 def _skip_by_pattern(plan: Plan, everything: Sequence[Matrix], patterns: Sequence[str]) -> None:
     for pattern in patterns:
-        hits = [m.module_name for m in everything if matches(m.module_name, pattern)]
-        if not hits and pattern not in ("lm_head", "embed_tokens"):
-            raise LowbitError(
-                f"--skip {pattern!r} matches no linear layer: names look like {everything[0].module_name}"
-            )
+        usual = pattern in ("lm_head", "embed_tokens")  # skipped anyway
+        hits = [] if usual else _matched(everything, pattern, "--skip")
         plan.skipped.update(dict.fromkeys(hits, f"--skip {pattern}"))
     stacked = {m.name for m in everything if m.index is not None and m.module_name in plan.skipped}
     for matrix in everything:
         if matrix.name in stacked and matrix.module_name not in plan.skipped:
             raise LowbitError(f"--skip takes all experts of {matrix.name} or none: use '{matrix.name}.*'")
+
+
+def _matched(everything: Sequence[Matrix], pattern: str, what: str) -> list[str]:
+    hits = [matrix.module_name for matrix in everything if matches(matrix.module_name, pattern)]
+    if not hits:
+        raise LowbitError(
+            f"{what} {pattern!r} matches no linear layer: names look like {everything[0].module_name}"
+        )
+    return hits
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -143,6 +160,32 @@ def _check_groups(wanted: Sequence[Matrix], scheme: QuantScheme) -> None:
         f"--group-size {scheme.group_size} does not divide all of in_features={widths}: "
         f"use one of {[*fitting, WHOLE_ROW]} or auto"
     )
+
+
+def align(plan: Plan, readers: Sequence[Sequence[str]]) -> list[str]:
+    """Modules that share an input are fused by engines (q/k/v, gate/up): make them alike in `plan`.
+
+    Args:
+        plan: Where one is skipped, all are; where schemes differ, all take the one with the most bits.
+        readers: Names of the modules of each shared input.
+
+    Returns:
+        A note for every module whose fate changed.
+    """
+    notes = []
+    for names in readers:
+        skipped = [name for name in names if plan.skipped.get(name, "").startswith("--skip")]
+        others = [name for name in names if name not in plan.skipped]
+        if skipped and others:
+            plan.skipped |= dict.fromkeys(others, f"shares its input with {skipped[0]}, which is skipped")
+            notes += [f"{name} is skipped too: engines fuse it with {skipped[0]}" for name in others]
+            continue
+        widest = max(others, key=lambda name: plan.scheme_of(name).fineness, default="")
+        for name in others:
+            if plan.scheme_of(name) != plan.scheme_of(widest):
+                plan.schemes[name] = plan.scheme_of(widest)
+                notes.append(f"{name} is {plan.schemes[name]} too: engines fuse it with {widest}")
+    return notes
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -148,12 +148,16 @@ def heat_map(layers: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) ->
         level = round((LEVELS - 1) * math.log(min(max(error, low), high) / low) / span)
         text = f"{100 * error:.2g}" if error < 0.1 else f"{100 * error:.0f}"
         schemes = sorted({layer["scheme"] for layer in found})
-        bits = sum(_bits(layer["scheme"]) for layer in found) / len(found)
+        bits = sum(_bits(layer["scheme"], layer["shape"][1]) for layer in found) / len(found)
         return {"full": False, "error": error, "text": text, "level": level, "bits": bits,
                 "scheme": ", ".join(schemes)}  # fmt: skip
 
     rows = [(block, [cell(block, linear) for linear in columns]) for block in sorted({b for b, _ in cells})]
-    schemes = {c["scheme"] for _, row in rows for c in row if c and not c["full"]}
+    filled = [c for _, row in rows for c in row if c and not c["full"]]
+    widths = sorted({c["bits"] for c in filled})
+    for c in filled:
+        c["bits_level"] = (LEVELS - 1) * widths.index(c["bits"]) // max(1, len(widths) - 1)
+    schemes = {c["scheme"] for c in filled}
     mixed = len(schemes) > 1 or any(c and c["full"] for _, row in rows for c in row)
     outside = [layer for layer in layers if place(layer["name"])[0] is None]
     shared = any(len(found) > 1 for found in cells.values())
@@ -194,9 +198,13 @@ def _groups(columns: Sequence[str]) -> list[tuple[str, int]]:
     return groups
 
 
-def _bits(scheme: str) -> int:
-    found = re.match(r"w(\d+)", scheme)
-    return int(found[1]) if found else 16
+def _bits(scheme: str, in_features: int) -> float:
+    """Stored bits per weight of a scheme given as text, scales counted."""
+    found = re.match(r"w(\d+)(?:g(\d+))?", scheme)
+    if found is None:
+        return 16.0
+    bits, zeros = int(found[1]), int(found[1]) if scheme.endswith("-asym") else 0
+    return bits + (16 + zeros) / int(found[2] or in_features)
 
 
 def _sizes(record: Mapping[str, Any]) -> dict[str, Any]:

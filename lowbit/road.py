@@ -25,7 +25,7 @@ from lowbit.plan import Plan, head_name
 from lowbit.quantized import QuantizedWeight
 from lowbit.refine import refine
 from lowbit.results import Layer, Report
-from lowbit.scheme import QuantScheme
+from lowbit.scheme import QuantScheme, text_of
 from lowbit.source import Source
 from lowbit.stream import Stream
 from lowbit.verify import verify
@@ -128,6 +128,7 @@ class Road:
         )
         writer.finish(config, sources.sidecars(source.folder))
         report.warnings = self.fmt.warnings(self.schemes, self.shapes)
+        report.scheme = text_of(scheme for name, scheme in self.schemes.items() if name != head)
         report.skipped = plan.skipped
         report.output_bytes = writer.total_size
         report.notes += [

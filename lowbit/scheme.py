@@ -6,6 +6,7 @@ they are found is the grid's and the algorithm's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lowbit.errors import LowbitError
@@ -77,6 +78,11 @@ class QuantScheme:
         """The zero of a symmetric grid, `2 ** (bits - 1)`."""
         return int(2 ** (self.bits - 1))
 
+    @property
+    def fineness(self) -> tuple[int, float]:
+        """Sorts schemes by what a weight takes, whatever the row's length."""
+        return self.bits, 0.0 if self.group_size == WHOLE_ROW else 1 / self.group_size
+
     def columns_per_group(self, in_features: int) -> int:
         """Columns in a group of a row of `in_features` weights.
 
@@ -101,3 +107,12 @@ class QuantScheme:
         """Stored bits per weight, scales (and zeros, where they are stored) counted."""
         per_group = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + per_group / self.columns_per_group(in_features)
+
+
+def text_of(schemes: Iterable[QuantScheme]) -> str:
+    """All schemes of a checkpoint, smallest first.
+
+    >>> text_of([QuantScheme(8, 128), QuantScheme(4, 32), QuantScheme(4, 128), QuantScheme(4, 32)])
+    'w4g128+w4g32+w8g128'
+    """
+    return "+".join(map(str, sorted(set(schemes), key=lambda scheme: scheme.fineness)))

@@ -27,6 +27,11 @@ from tests.packed import (
     logits,
 )
 
+MIXED = {
+    "down_proj": QuantScheme(8, -1),
+    "layers.0.mlp.*_proj": QuantScheme(3, 16),
+    "o_proj": QuantScheme(4, 64),
+}
 CASES = [
     ("llama", QuantScheme(4, 32), {}),
     ("llama", QuantScheme(4, 32, False), {}),
@@ -36,6 +41,7 @@ CASES = [
     ("llama", QuantScheme(2, 16), {}),
     ("qwen2", QuantScheme(4, 32), {"head_bits": 8, "tied": True}),
     ("qwen2", QuantScheme(4, 32), {"head_bits": 8, "tied": False}),
+    ("llama", QuantScheme(4, 32), {"schemes": MIXED}),
     ("gemma3", QuantScheme(4, 32), {}),
     ("phi3", QuantScheme(4, 64), {}),
     ("llama", QuantScheme(4, 32), {"format": "gptq"}),

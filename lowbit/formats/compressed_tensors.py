@@ -75,7 +75,7 @@ def check(schemes: Mapping[str, QuantScheme], ignore: Sequence[str]) -> None:
             f"compressed-tensors holds {int_quantized.LAYOUT} weights alone, got {', '.join(distinct)}: "
             "leave out --head-bits"
         )
-    experts = sorted({str(scheme) for name, scheme in schemes.items() if _EXPERT.match(name)})
+    experts = sorted({str(s) for name, s in schemes.items() if _EXPERT.match(name) or _STACKED.match(name)})
     if len(experts) > 1:
         raise LowbitError(f"experts must share a scheme, got {', '.join(experts)}: use one for all experts")
 
