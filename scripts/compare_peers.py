@@ -285,16 +285,16 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def between_markers(page: str, text: str) -> str:
+def between_markers(page: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
     """`page` with `text` in place of what stands between the markers.
 
     Raises:
         SystemExit: the page has no markers.
     """
-    begin, end = (page.find(marker) for marker in MARKERS)
+    begin, end = (page.find(marker) for marker in markers)
     if begin < 0 or end < begin:
-        raise SystemExit(f"the page lacks the lines {MARKERS[0].strip()} and {MARKERS[1]}")
-    return f"{page[: begin + len(MARKERS[0])]}\n{text}\n{page[end:]}"
+        raise SystemExit(f"the page lacks the lines {markers[0].strip()} and {markers[1]}")
+    return f"{page[: begin + len(markers[0])]}\n{text}\n{page[end:]}"
 
 
 def main() -> None:

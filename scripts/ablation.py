@@ -1,0 +1,153 @@
+"""What each technique adds: one after the other, over several calibration seeds, as a Markdown table.
+
+    python scripts/ablation.py MODEL --group-size 64 --calibration train.txt --text test.txt:16 other.txt:8
+
+Every step keeps what the steps before it brought. A run is a process of its own, with one seed; all
+checkpoints of a text are measured against one pass of the original. A figure is the mean over seeds,
+± the standard error of that mean: what another draw of calibration rows would change. Results are
+appended to `--results` as JSON lines, and a run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from compare_peers import between_markers, evaluate
+
+MARKERS = ("<!-- ablation: begin -->\n", "<!-- ablation: end -->")
+
+
+def plain_gptq(**changes: Any) -> SimpleNamespace:
+    """GPTQ with some of its parts left out, as `ALGORITHMS` takes it."""
+    from functools import partial
+
+    from lowbit.algorithms import gptq
+
+    return SimpleNamespace(NEEDS_HESSIAN=True, quantize_weight=partial(gptq.quantize_weight, **changes))
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "round to nearest, min-max": {"effort": "fast"},
+    "GPTQ, columns in order": {"without": {"act_order": False, "shrinks": ()}},
+    "+ large inputs first, groups static": {"without": {"shrinks": ()}},
+    "+ ranges chosen by the residual of LDLᵀ": {"method": "gptq"},
+    "+ corrected for the layers before (`balanced`)": {"effort": "balanced"},
+    "+ scales and norms trained (`high`)": {"effort": "high"},
+    "+ on more rows, twice (`max`)": {"effort": "max"},
+}
+
+
+def quantize_once(options: argparse.Namespace) -> None:
+    """The child process: one step with one seed; prints its CPU seconds."""
+    import lowbit
+    from lowbit import QuantScheme
+    from lowbit.algorithms import ALGORITHMS
+
+    step = dict(STEPS[options.step])
+    if "without" in step:
+        ALGORITHMS["gptq-in-part"] = plain_gptq(**step.pop("without"))
+        step["method"] = "gptq-in-part"
+    scheme = QuantScheme(options.bits, options.group_size, not options.asymmetric)
+    report = lowbit.quantize(
+        options.model, scheme, output=options.output, dataset=options.calibration, samples=options.samples,
+        seq_len=options.seq_len, seed=options.seed, **step,
+    )  # fmt: skip
+    print(json.dumps({"cpu_seconds": report.cpu_seconds, "scheme": report.scheme}))
+
+
+def measure(options: argparse.Namespace, step: str, seed: int) -> dict[str, Any]:
+    """Quantize in a process of its own, then evaluate on every text."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "made"
+        command = [
+            sys.executable, __file__, options.model, "--step", step, "--seed", str(seed),
+            "--output", str(made), "--bits", str(options.bits), "--group-size", str(options.group_size),
+            "--samples", str(options.samples), "--seq-len", str(options.seq_len),
+            "--calibration", options.calibration,
+            *(["--asymmetric"] if options.asymmetric else []),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1]) | {"texts": evaluate(made, options)}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard error of the mean, over seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A table for each model and scheme, steps in order."""
+    blocks = []
+    for model, scheme in dict.fromkeys((r["model"], r["scheme"]) for r in results):
+        chosen = [r for r in results if (r["model"], r["scheme"]) == (model, scheme)]
+        texts = list(chosen[0]["texts"])
+        heads = [f"KL, {text} | ratio" for text in texts]
+        seeds, used = len({run["seed"] for run in chosen}), chosen[0]["settings"]
+        lines = [f"**{model}, {scheme}, {used['samples']} x {used['seq_len']} tokens, {seeds} seeds**", "",
+                 f"| step | {' | '.join(heads)} | CPU s |", "|---" * (2 + 2 * len(texts)) + "|"]  # fmt: skip
+        for step in STEPS:
+            runs = [r for r in chosen if r["step"] == step]
+            if runs:
+                cells = [
+                    spread([r["texts"][text][key] for r in runs], digits)
+                    for text in texts
+                    for key, digits in (("kl", 4), ("perplexity_ratio", 3))
+                ]
+                cpu = statistics.mean(r["cpu_seconds"] for r in runs)
+                lines.append(f"| {step} | {' | '.join(cells)} | {cpu:.0f} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder; without it only the table is made")
+    parser.add_argument("--calibration", help="calibration text, never the evaluation text")
+    parser.add_argument("--text", nargs="+", help="evaluation texts, FILE:WINDOWS")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=list(range(len(STEPS))), help="by number")
+    parser.add_argument("--results", type=Path, default=Path("ablation.jsonl"))
+    parser.add_argument("--docs", type=Path, help="page that gets the table between its markers")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        quantize_once(options)
+        return
+    text = options.results.read_text() if options.results.exists() else ""
+    known = [json.loads(line) for line in text.splitlines()]
+    names = ("calibration", "samples", "seq_len", "text", "eval_seq_len", "bits", "group_size", "asymmetric")
+    settings = {name: getattr(options, name) for name in names}
+    for seed in options.seeds if options.model else []:
+        for step in [list(STEPS)[number] for number in options.steps]:
+            key = {"model": Path(options.model).name, "step": step, "seed": seed, "settings": settings}
+            if any(all(result.get(name) == value for name, value in key.items()) for result in known):
+                continue
+            print(f"{key['model']}: {step}, seed {seed}", file=sys.stderr)
+            known.append(key | measure(options, step, seed))
+            with options.results.open("a") as file:
+                file.write(json.dumps(known[-1]) + "\n")
+    print(table(known))
+    if options.docs:
+        options.docs.write_text(between_markers(options.docs.read_text(), table(known), MARKERS))
+
+
+if __name__ == "__main__":
+    main()
