@@ -20,9 +20,10 @@ from torch import Tensor
 from lowbit import formats, hf
 from lowbit.blocks import Progress, fingerprint
 from lowbit.checkpoint import CheckpointWriter
-from lowbit.distill import TOKENS_PER_STEP, Distilled, distill, head_inputs
+from lowbit.distill import TOKENS_PER_STEP, Distilled, distill
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
+from lowbit.judge import head_inputs
 from lowbit.quantized import QuantizedWeight
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lowbit import QuantScheme, grid
 from lowbit.algorithms import rtn
-from lowbit.distill import distill, head_inputs
+from lowbit.distill import distill
 from lowbit.errors import LowbitError
+from lowbit.judge import head_inputs
 from lowbit.quantized import QuantizedWeight
 from lowbit.trainable import TrainableLinear
 from tests.algorithms.examples import random_weight

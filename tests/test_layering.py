@@ -74,6 +74,7 @@ LEVELS = {
     "gguf_file": 7,
     "blocks": 8,
     "trainable": 4,
+    "judge": 4,
     "distill": 5,
     "refine": 12,
     "hf": 11,
