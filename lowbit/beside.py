@@ -46,7 +46,8 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
 
     Args:
         folder: A checkpoint folder, ours or another tool's.
-        evaluation: `dataset`, `seq_len`, `reference`, `result`, `divergence`.
+        evaluation: `reference`, and `dataset`, `seq_len`, `result` and `divergence` of a text, or `tasks`,
+            `limit` and `fewshot` of tasks.
 
     Returns:
         What the user should know: which files were written, and which were left alone and why.
@@ -58,10 +59,10 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
     except LowbitError as error:
         return [f"no report: {error}"]
     kept["name"] = folder.resolve().name
-    public = {
-        name: record.public(str(evaluation[name])) for name in ("dataset", "reference") if evaluation[name]
-    }
-    record.add_evaluation(kept, {**evaluation, **public, "run": record.this_run()})
+    named = [name for name in ("dataset", "reference") if evaluation.get(name)]
+    public = {name: record.public(str(evaluation[name])) for name in named}
+    add = record.add_tasks if "tasks" in evaluation else record.add_evaluation
+    add(kept, {**evaluation, **public, "run": record.this_run()})
     try:
         report.write(kept, folder)
         note = card.write(kept, folder)

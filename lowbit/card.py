@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lowbit.record import hub_id
-from lowbit.report import grouped, size, with_error
+from lowbit.report import evaluation_runs, grouped, significant, size, with_error
 
 NAME = "README.md"
 TASK = "text-generation"
@@ -63,7 +63,8 @@ def render(record: Mapping[str, Any]) -> str:
         vllm=not any(NOT_VLLM in warning for warning in quantization["warnings"]),
         warnings=quantization["warnings"],
         evaluations=[_row(entry) for entry in evaluations],
-        evaluation_commands=[entry["run"]["command"] for entry in evaluations if entry["run"]["command"]],
+        tasks=[_task_row(row) for row in record.get("tasks", [])],
+        evaluation_commands=[run["command"] for run in evaluation_runs(record) if run["command"]],
         command=record["run"]["command"],
         versions=", ".join(f"{name} {version}" for name, version in record["run"]["versions"].items()),
     )
@@ -96,6 +97,7 @@ def eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
     for entry in record["evaluations"]:
         result = entry["result"]
         spec, _, rest = entry["dataset"].partition(":")
+        spec, _, revision = spec.partition("@")
         config, _, split = rest.partition(":")
         for metric, title in (
             ("perplexity", "Perplexity"),
@@ -112,12 +114,25 @@ def eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
                 dataset_name=Path(spec).name,
                 dataset_config=config or None,
                 dataset_split=split or None,
+                dataset_revision=revision or None,
                 dataset_args={"seq_len": entry["seq_len"], "windows": result["windows"]},
                 metric_type=metric,
                 metric_name=title,
                 metric_value=result[metric],
                 metric_args=None if error is None else {"standard_error": error},
             )
+    for row in record.get("tasks", []):
+        arguments = {"documents": row["documents"], "num_fewshot": row["fewshot"]}
+        yield EvalResult(
+            task_type=TASK,
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            dataset_args={name: value for name, value in arguments.items() if value is not None},
+            metric_type=row["metric"],
+            metric_name=f"{row['metric']} (lm-evaluation-harness)",
+            metric_value=row["value"],
+            metric_args=None if row["value_se"] is None else {"standard_error": row["value_se"]},
+        )
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
@@ -179,6 +194,15 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
     for name in ("reference_perplexity", "perplexity_ratio", "kl"):
         row.append(with_error(result[name], result[f"{name}_se"]))
     return [*row, with_error(result["top1_agreement"], result["top1_agreement_se"], 100) + " %"]
+
+
+def _task_row(row: Mapping[str, Any]) -> list[str]:
+    shown = [row["task"], row["metric"], str(row["documents"]), with_error(row["value"], row["value_se"])]
+    if row["difference"] is None:
+        return [*shown, "", "", ""]
+    for name in ("reference", "difference"):
+        shown.append(with_error(row[name], row[f"{name}_se"]))
+    return [*shown, "" if row["p_value"] is None else significant(row["p_value"])]
 
 
 def _digest(content: bytes) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lowbit import hf, topology
 from lowbit import source as sources
 from lowbit.blocks import Progress
-from lowbit.dataset import evaluation_windows, read_documents
+from lowbit.dataset import evaluation_windows, full_name, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
 from lowbit.evaluate import Result, check_model, compare
@@ -161,7 +161,7 @@ def compare_checkpoints(
             plain = seen.to_dict(hf.load_tokenizer(opened))
             measured.append(Measured(name, _scheme(path, folder), size, 8 * size / weights, result, plain))
         size = weight_bytes(reference, opened)
-    return Comparison(public(reference), size, public(dataset), seq_len, len(tokens), measured)
+    return Comparison(public(reference), size, public(full_name(dataset)), seq_len, len(tokens), measured)
 
 
 def short_names(models: Sequence[str]) -> list[str]:

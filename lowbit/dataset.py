@@ -34,6 +34,14 @@ Document: TypeAlias = "str | list[dict[str, str]]"
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations")
+TEXT_COLUMNS = ("text", "sentence")
+# Texts that papers measure perplexity on: dataset, held-out split, and how many of its documents are read
+# (c4's validation split has 365,000; the usual protocol stops at 1100). Calibration takes the train split.
+SHORT_NAMES: dict[str, tuple[str, str, int | None]] = {
+    "wikitext2": ("Salesforce/wikitext:wikitext-2-raw-v1", "test", None),
+    "c4": ("allenai/c4:en", "validation", 1100),
+    "ptb": ("ptb-text-only/ptb_text_only@refs/convert/parquet:penn_treebank", "test", None),
+}
 ROLES = {"human": "user", "gpt": "assistant"}  # the ShareGPT spelling of the usual roles
 PIECE = 2**16  # characters of a long document that are kept or left out together
 
@@ -43,6 +51,18 @@ def characters_for(samples: int, seq_len: int) -> int:
     return max(2**21, 16 * samples * seq_len)
 
 
+def full_name(spec: str, split: str = "test") -> str:
+    """The dataset behind a short name; any other text stays as it is.
+
+    >>> full_name("c4"), full_name("c4", "train"), full_name("held-out.txt")
+    ('allenai/c4:en:validation', 'allenai/c4:en:train', 'held-out.txt')
+    """
+    if spec not in SHORT_NAMES:
+        return spec
+    dataset, held_out, _ = SHORT_NAMES[spec]
+    return f"{dataset}:{held_out if split == 'test' else split}"
+
+
 def read_documents(
     spec: str, split: str = "train", limit: int | None = None, max_characters: int | None = None
 ) -> list[Document]:
@@ -50,9 +70,10 @@ def read_documents(
 
     Args:
         spec: A `.txt` file (one document), a `.jsonl` or `.parquet` file, or a hub dataset (or its
-            local folder) as `org/name`, `org/name:config` or `org/name:config:split`. Rows need a
-            column `text`, `messages` or `conversations`. Empty rows are kept, as the perplexity
-            protocol of WikiText wants them.
+            local folder) as `org/name`, `org/name:config` or `org/name:config:split`, its name
+            followed by `@revision` if need be, or one of `SHORT_NAMES`. Rows need a column `text`,
+            `sentence`, `messages` or `conversations`. Empty rows are kept, as the perplexity protocol
+            of WikiText wants them.
         split: Split of a hub dataset where `spec` names none.
         limit: Read at most this many documents.
         max_characters: Stop after the document with which this many characters are reached; a
@@ -61,6 +82,9 @@ def read_documents(
     Raises:
         LowbitError: no such file, extension, dataset or column; the hub is out of reach; no text.
     """
+    if spec in SHORT_NAMES and limit is None and split == "test":
+        limit = SHORT_NAMES[spec][2]
+    spec = full_name(spec, split)
     path = Path(spec)
     if path.suffix in EXTENSIONS and not path.is_file():
         raise LowbitError(f"{spec}: no such file")
@@ -115,7 +139,7 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            wanted = [c for c in ("text", *CHAT_COLUMNS) if c in file.schema_arrow.names]
+            wanted = [c for c in (*TEXT_COLUMNS, *CHAT_COLUMNS) if c in file.schema_arrow.names]
             for batch in file.iter_batches(256, columns=wanted or None):
                 yield from batch.to_pylist()
     except ArrowInvalid as error:
@@ -127,12 +151,17 @@ def _dataset_rows(spec: str, split: str) -> Iterator[dict[str, Any]]:
 
     name, _, rest = spec.partition(":")
     config, _, own_split = rest.partition(":")
+    at = {}
+    if not Path(name).exists():
+        name, _, revision = name.partition("@")
+        at = {"revision": revision} if revision else {}
     try:
-        yield from load_dataset(name, config or None, split=own_split or split, streaming=True)
+        yield from load_dataset(name, config or None, split=own_split or split, streaming=True, **at)
     except Exception as error:  # the loader and its network stack raise a dozen unrelated types
         raise LowbitError(
             f"dataset {spec!r} (split {own_split or split!r}) can't be read: {_first_line(error)}; "
-            "give org/name:config:split of the hub, or a local .txt, .jsonl or .parquet file"
+            f"give {', '.join(SHORT_NAMES)}, org/name:config:split of the hub, or a local .txt, .jsonl or "
+            ".parquet file"
         ) from error
 
 
@@ -141,8 +170,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _document(row: dict[str, Any], spec: str) -> Document:
-    if "text" in row and isinstance(row["text"], str | None):
-        return row["text"] or ""
+    for column in TEXT_COLUMNS:
+        if column in row and isinstance(row[column], str | None):
+            return row[column] or ""
     for column in CHAT_COLUMNS:
         if isinstance(row.get(column), list):
             try:

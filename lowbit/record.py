@@ -6,7 +6,11 @@ model card (`card.py`) are drawn from it alone, so they can be drawn again. Plai
     {"lowbit_report": 1, "name": ..., "base_model": hub id or null, "quantized_by": ... or null,
      "quantization": the fields of `Report` that describe the checkpoint, "run": of this run,
      "parts": what the files hold, by kind of module,
-     "evaluations": [{"dataset", "seq_len", "reference", "result", "divergence", "run"}, ...]}
+     "evaluations": [{"dataset", "seq_len", "reference", "result", "divergence", "run"}, ...],
+     "tasks": [{"task", "metric", ..., "original", "limit", "fewshot", "run"}, ...]}
+
+where a row of "tasks" has the fields of `lowbit.tasks.TaskResult`, and the key is missing where no task was
+measured.
 
 All of it may be published with the checkpoint, so local paths are cut to their last name.
 """
@@ -31,7 +35,7 @@ from lowbit.hardware import peak_memory
 from lowbit.results import Report
 
 NAME = "lowbit_report.json"
-PACKAGES = ("lowbit", "torch", "transformers", "compressed-tensors", "triton")
+PACKAGES = ("lowbit", "torch", "transformers", "compressed-tensors", "triton", "lm_eval")
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+?)/snapshots/")
 
 
@@ -77,6 +81,18 @@ def add_evaluation(record: dict[str, Any], evaluation: Mapping[str, Any]) -> Non
 
     kept = [entry for entry in record["evaluations"] if key(entry) != key(evaluation)]
     record["evaluations"] = [*kept, dict(evaluation)]
+
+
+def add_tasks(record: dict[str, Any], evaluation: Mapping[str, Any]) -> None:
+    """Add the tasks that were measured; an earlier measurement of the same documents is replaced."""
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["task"], row["metric"], row["limit"], row["fewshot"]
+
+    about = {"original": evaluation["reference"], **{n: evaluation[n] for n in ("limit", "fewshot", "run")}}
+    new = [{**row, **about} for row in evaluation["tasks"]]
+    replaced = {key(row) for row in new}
+    record["tasks"] = [row for row in record.get("tasks", []) if key(row) not in replaced] + new
 
 
 def load(folder: Path) -> dict[str, Any] | None:

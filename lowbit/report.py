@@ -41,6 +41,8 @@ def render(record: Mapping[str, Any]) -> str:
         record=record,
         quantization=quantization,
         evaluations=[_evaluation(entry) for entry in record["evaluations"]],
+        tasks=record.get("tasks", []),
+        runs=evaluation_runs(record),
         sizes=_sizes(record),
         heat=heat_map(layers, quantization.get("skipped", {})),
         worst=sorted(layers, key=lambda layer: -layer["error"])[:LISTED],
@@ -49,6 +51,15 @@ def render(record: Mapping[str, Any]) -> str:
         skipped=grouped(quantization.get("skipped", {}).items()),
         notes=[note for note, _ in grouped((note, "") for note in quantization.get("notes", []))],
     )
+
+
+def evaluation_runs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that measured something, each once: a run leaves a row for every task and metric."""
+    runs: list[dict[str, Any]] = []
+    for entry in (*record["evaluations"], *record.get("tasks", [])):
+        if entry["run"] not in runs:
+            runs.append(entry["run"])
+    return runs
 
 
 def page(template: str, **values: Any) -> str:

@@ -28,6 +28,7 @@ from lowbit.inspection import Inspection
 from lowbit.push import Upload
 from lowbit.results import Conversion, Report
 from lowbit.speed import Speed
+from lowbit.tasks import TaskResult
 
 WORST = 5
 SECONDS_BETWEEN_LINES = 10.0
@@ -148,6 +149,29 @@ def show_result(console: Console, result: Result, notes: Sequence[str] = ()) -> 
         }
     facts["measured on"] = f"{result.tokens} tokens in {result.windows} windows, {result.seconds:.0f} s"
     _facts(console, facts)
+    for note in notes:
+        _line(console, "[dim]report[/]", note)
+
+
+def show_tasks(console: Console, results: Sequence[TaskResult], notes: Sequence[str] = ()) -> None:
+    """The result of `lowbit eval --tasks`, and what became of the checkpoint's report."""
+    table = Table(
+        "task", "metric", "documents", "value", "original", "difference", "lost/gained", "p", box=None
+    )
+    for row in results:
+        compared = [""] * 4
+        if row.difference is not None:
+            uneven = [""] * 2 if row.p_value is None else [f"{row.lost}/{row.gained}", f"{row.p_value:.2g}"]
+            compared = [
+                _with_error(row.reference, row.reference_se, 4),
+                _with_error(row.difference, row.difference_se, 4),
+                *uneven,
+            ]
+        value = _with_error(row.value, row.value_se, 4)
+        table.add_row(escape(row.task), escape(row.metric), str(row.documents), value, *compared)
+    console.print(table)
+    if results[0].difference is not None:
+        console.print("  [dim]± of the difference: paired over documents; p: McNemar's exact test")
     for note in notes:
         _line(console, "[dim]report[/]", note)
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from lowbit.dataset import read_documents
+from lowbit.dataset import full_name, read_documents
 from lowbit.errors import LowbitError
 
 CHAT = [{"role": "user", "content": "Who built the mill?"}, {"role": "assistant", "content": "Nobody knows."}]
@@ -49,6 +49,10 @@ class TestReadDocuments:
 
     def test_parquet_text(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "a.parquet", {"text": ["one", "two"], "n": [1, 2]})
+        assert read_documents(path) == ["one", "two"]
+
+    def test_sentences(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", {"sentence": ["one", "two"], "n": [1, 2]})
         assert read_documents(path) == ["one", "two"]
 
     def test_sharegpt_spelling_becomes_roles(self, tmp_path: Path) -> None:
@@ -113,9 +117,9 @@ class TestHub:
                 yield {"text": f"row {number}"}
 
         def load_dataset(
-            name: str, config: str | None, *, split: str, streaming: bool
+            name: str, config: str | None, *, split: str, streaming: bool, **at: str
         ) -> Iterator[dict[str, str]]:
-            calls.append((name, config, split, streaming))
+            calls.append((name, config, split, streaming, *at.values()))
             return rows()
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -134,6 +138,30 @@ class TestHub:
         assert read_documents(spec, limit=3) == ["row 0", "row 1", "row 2"]
         assert calls == [asked, 0, 1, 2]
 
+    @pytest.mark.parametrize(
+        ("name", "asked"),
+        [
+            ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True)),
+            ("c4", ("allenai/c4", "en", "validation", True)),
+            (
+                "ptb",
+                ("ptb-text-only/ptb_text_only", "penn_treebank", "test", True, "refs/convert/parquet"),
+            ),
+        ],
+    )
+    def test_short_names(self, calls: list[Any], name: str, asked: tuple[Any, ...]) -> None:
+        assert read_documents(name, "test", limit=2) == ["row 0", "row 1"]
+        assert read_documents(full_name(name), limit=1) == ["row 0"]
+        assert calls == [asked, 0, 1, asked, 0]
+
+    def test_a_short_name_never_calibrates_on_what_it_measures(self, calls: list[Any]) -> None:
+        read_documents("wikitext2", max_characters=1)
+        assert calls[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", True)
+
+    def test_c4_stops_where_the_usual_protocol_does(self, calls: list[Any]) -> None:
+        assert len(read_documents("c4", "test")) == 1100
+        assert calls[-1] == 1099
+
     def test_stops_at_characters(self, calls: list[Any]) -> None:
         assert len(read_documents("org/name", max_characters=11)) == 3
         assert calls[-1] == 2
@@ -144,7 +172,7 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         with pytest.raises(
-            LowbitError, match=r"'org/name:c'.*Couldn't reach.*Hub; give org/name:config"
+            LowbitError, match=r"'org/name:c'.*Couldn't reach.*Hub; give wikitext2, c4, ptb, org/name:config"
         ) as caught:
             read_documents("org/name:c")
         assert "\n" not in str(caught.value)

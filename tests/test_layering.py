@@ -80,6 +80,7 @@ LEVELS = {
     "hf": 11,
     "evaluate": 12,
     "speed": 12,
+    "tasks": 12,
     "inspection": 12,
     "doctor": 12,
     "packed": 12,

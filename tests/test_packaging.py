@@ -76,7 +76,10 @@ def test_version_stands_in_one_place(wheel: zipfile.ZipFile) -> None:
 
 
 def test_lock_satisfies_the_declared_dependencies() -> None:
-    """Every direct dependency of every extra is pinned in the lock, inside the declared range."""
+    """Every direct dependency of every extra is pinned in the lock, inside the declared range.
+
+    All but `tasks`, whose test installs a pinned harness in an environment of its own.
+    """
     from packaging.requirements import Requirement
 
     pins = {}
@@ -86,7 +89,8 @@ def test_lock_satisfies_the_declared_dependencies() -> None:
             assert version, f"{line!r} is not pinned"
             pins[name.lower().replace("_", "-")] = version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "tasks"}
+    declared = itertools.chain(project["dependencies"], *extras.values())
     for requirement in map(Requirement, declared):
         name = requirement.name.lower().replace("_", "-")
         if name != "lowbit":

@@ -21,8 +21,12 @@ def run(
     ],
     reference: Annotated[str, typer.Option(help="The original of all of them.", show_default=False)],
     dataset: Annotated[
-        str, typer.Option(help="Text: hub id (org/name:config:split) or a .txt, .jsonl or .parquet file.")
-    ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
+        str,
+        typer.Option(
+            help="Text: wikitext2, c4, ptb, a hub id (org/name:config:split), or a .txt, .jsonl or .parquet "
+            "file."
+        ),
+    ] = "wikitext2",
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("compare.html"),
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 2048,
     windows: Annotated[

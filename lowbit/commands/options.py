@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,8 @@ def open_console(as_json: bool = False) -> Console:
     """Tables go to stdout; with --json stdout is the object's alone and progress goes to stderr."""
     from rich.console import Console
 
-    return Console(stderr=as_json)
+    # The stream of now: a library that is made to hold its tongue meanwhile does not silence us.
+    return Console(file=sys.stderr) if as_json else Console()
 
 
 def print_json(content: dict[str, Any]) -> None:
