@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit import pages, topology
+from lowbit import correction, pages, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, watch
+from lowbit.correction import Originals
 from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan, align
 from lowbit.quantized import QuantizedWeight
@@ -139,29 +140,62 @@ class BlockQuantizer:
     def _correct_and_round(
         self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
     ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
-        """Stage by stage: see what a layer will read and what the original's reads, correct, round."""
+        """Stage by stage: see what a layer lacks beside the original, correct, round."""
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []
         originals = Originals(matrices)
-        stages = _stages(groups)
+        stages = correction.stages(groups)
+        twins, factor = range(self._probe + 1, len(self.stream.batches)), None
         for done, stage in enumerate(stages):
+            later = [matrix for after in stages[done + 1 :] for group in after for matrix in group.matrices]
+            factor = correction.added_factor(self.stream, number, self._probe, stage, later)
             for batch in range(self._probe):
-                with originals, watch(stage) as wanted:
-                    self.stream.visit(number, self._probe + 1 + batch)
-                with watch(stage) as seen:
-                    self.stream.visit(number, batch)
-                for group in stage:
-                    first = group.matrices[0]
-                    if first in seen:
-                        group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
+                if factor is None:
+                    self._compare_inputs(number, batch, stage, originals)
+                    continue
+                carried = self._compare_sums(number, batch, stage[0], later, factor, originals)
+                if not later:  # nothing was silent: it is the original's own output
+                    self.stream.hidden[twins[batch]] = carried
             steps = self._probe * (done + 1) // len(stages) - self._probe * done // len(stages)
             self._tell(number, "observing", steps)
             weights, reports = self._round(number, stage)
             quantized |= weights
             layers += reports
+        if factor is not None:
+            self._tell(number, "carrying on", len(twins))
+            return quantized, layers
         with originals:
-            self._advance(number, range(self._probe + 1, len(self.stream.batches)))
+            self._advance(number, twins)
         return quantized, layers
+
+    def _compare_inputs(self, number: int, batch: int, stage: Sequence[Group], originals: Originals) -> None:
+        """What matrices that read lack: their inputs, beside the original's."""
+        with originals, watch(stage) as wanted:
+            self.stream.visit(number, self._probe + 1 + batch)
+        with watch(stage) as seen:
+            self.stream.visit(number, batch)
+        for group in stage:
+            first = group.matrices[0]
+            if first in seen:
+                group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
+
+    def _compare_sums(
+        self,
+        number: int,
+        batch: int,
+        group: Group,
+        later: Sequence[Matrix],
+        factor: float,
+        originals: Originals,
+    ) -> Tensor:
+        """What a matrix that writes lacks: the sum behind it, beside the original's, which is returned."""
+        matrix = group.matrices[0]
+        with originals:
+            _, wanted = correction.sum_behind(self.stream, number, self._probe + 1 + batch, matrix, later)
+        x, found = correction.sum_behind(self.stream, number, batch, matrix, later)
+        lacking = (wanted.float() - found.float()).flatten(0, -2) / factor
+        group.lacks(x, lacking, batch == self._probe - 1)
+        return wanted
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
@@ -232,7 +266,7 @@ class BlockQuantizer:
         stacked = torch.cat([matrix.weight for matrix in members]).float()
         drift, group.drift = group.drift, None
         if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
-            stacked, _ = CORRECTIONS[self.method](stacked, hessian, drift.mean(), drift.held_out)
+            stacked, _ = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
         scheme = self.plan.scheme_of(members[0].module_name)
         weight, note = ALGORITHMS[self.method].quantize_weight(stacked, hessian, scheme, self.scale_dtype)
         sizes = [matrix.shape[0] for matrix in members]
@@ -248,33 +282,6 @@ class BlockQuantizer:
             return {key: None for key in keys if self.source.parameter_of(key) not in done}
         parameters = self.plan.blocks[number].named_parameters(prefix=path)
         return dict(self.source.names_on_disk({n: p.data for n, p in parameters if n not in done}))
-
-
-class Originals:
-    """The weights of a block as they were; while active, they are back in it."""
-
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
-        places = {(matrix.owner, matrix.attribute) for matrix in matrices}
-        self._kept = {place: getattr(*place).data.clone() for place in places}
-
-    def _swap(self) -> None:
-        for place, kept in self._kept.items():
-            parameter = getattr(*place)
-            self._kept[place], parameter.data = parameter.data, kept
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *reason: object) -> None:
-        self._swap()
-
-
-def _stages(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups in order of use; experts of one stack are used side by side and form one stage."""
-    stages: dict[str, list[Group]] = {}
-    for group in groups:
-        stages.setdefault(group.matrices[0].name, []).append(group)
-    return list(stages.values())
 
 
 def _relative_errors(

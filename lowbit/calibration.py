@@ -86,36 +86,46 @@ class Sample:
 
 
 class Drift:
-    """Running mean of `(X - x) x^T` in float32: how far the quantized model's input x has left X.
+    """Running mean of `g x^T` in float32: how far the quantized model is from the original, against x.
 
-    The difference is small against its parts, so it is taken first and may then be multiplied in
-    bfloat16.
+    The gap g is either that of the inputs, `X - x`, or what the outputs lack.
+
+    Args:
+        rows: Length of a gap.
+        in_features: Length of an input.
+        device: Where to keep it.
 
     Attributes:
-        held_out: `x` and `X - x` of tokens that were set aside, `[tokens, in]`.
+        held_out: `x` and g of tokens that were set aside, `[tokens, in]` and `[tokens, rows]`.
+        of_outputs: Is g a gap of outputs?
     """
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
+    def __init__(self, rows: int, in_features: int, device: torch.device, of_outputs: bool = False) -> None:
+        self.total = torch.zeros(rows, in_features, device=device)
         self.tokens = 0
+        self.of_outputs = of_outputs
         self.held_out: tuple[Tensor, Tensor] | None = None
 
-    def add(self, x: Tensor, original: Tensor) -> None:
-        """Take in the activations `[..., in]` of the same tokens in both models."""
-        rows = x.detach().flatten(0, -2)
-        gap = original.detach().flatten(0, -2).float() - rows.float()
-        self.tokens += len(rows)
-        with bfloat16_products() if rows.dtype == torch.bfloat16 else nullcontext():
-            self.total.addmm_(gap.T, rows.float())
+    def add(self, x: Tensor, gap: Tensor, held_out: bool) -> None:
+        """Take in inputs `[..., in]` of some tokens and their gaps `[..., rows]`, or keep them to judge by.
 
-    def set_aside(self, x: Tensor, original: Tensor) -> None:
-        """Keep these tokens to judge by."""
-        rows, wanted = x.detach().flatten(0, -2), original.detach().flatten(0, -2)
-        self.held_out = rows, (wanted.float() - rows.float()).to(rows.dtype)
+        The gap is small against what it is a difference of: it may be multiplied in bfloat16.
+        """
+        inputs, gap = x.detach().flatten(0, -2), gap.detach().flatten(0, -2)
+        if held_out:
+            self.held_out = inputs, gap.to(inputs.dtype)
+            return
+        self.tokens += len(inputs)
+        with bfloat16_products() if inputs.dtype == torch.bfloat16 else nullcontext():
+            self.total.addmm_(gap.float().T, inputs.float())
 
-    def mean(self) -> Tensor:
-        """The mean over tokens, `[in, in]`, first the channels of X."""
-        return self.total / max(self.tokens, 1)
+    def lacking(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the output of `weight [out, in]` lacks, as `Correction` takes it: mean and held-out tokens."""
+        assert self.held_out is not None, "no tokens were set aside"
+        mean, (x, gap) = self.total / max(self.tokens, 1), self.held_out
+        if self.of_outputs:
+            return mean, (x, gap.float())
+        return weight @ mean, (x, gap.float() @ weight.T)
 
 
 class Products(TorchFunctionMode):
@@ -152,7 +162,7 @@ class Group:
         others: Weights of further readers.
         moment: The input's second moment.
         sample: Rows of it, where activations are rounded.
-        drift: How far it is from the original's input; None where the two were not compared.
+        drift: How far the two models are apart here; None where they were not compared.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -172,11 +182,15 @@ class Group:
         if original is None or original.shape != x.shape or self.matrices[0].kind == "Expert":
             return
         if self.drift is None:
-            self.drift = Drift(x.shape[-1], x.device)
-        if held_out:
-            self.drift.set_aside(x, original)
-        else:
-            self.drift.add(x, original)
+            self.drift = Drift(x.shape[-1], x.shape[-1], x.device)
+        self.drift.add(x, original.float() - x.float(), held_out)
+
+    def lacks(self, x: Tensor, gap: Tensor, held_out: bool) -> None:
+        """Take in what is read here, and what the output of the only matrix lacks for the same tokens."""
+        self.moment.add(x)
+        if self.drift is None:
+            self.drift = Drift(gap.shape[-1], x.shape[-1], x.device, of_outputs=True)
+        self.drift.add(x, gap, held_out)
 
     def reads(self, x: Tensor) -> bool:
         """Is `x` the tensor of this group? Holding it until `release` keeps its address its own."""

@@ -59,12 +59,12 @@ class Correction(Protocol):
     """Makes up, before rounding, for the errors of the layers before."""
 
     def __call__(
-        self, weight: Tensor, hessian: Tensor, drift: Tensor, held_out: tuple[Tensor, Tensor]
+        self, weight: Tensor, hessian: Tensor, lacking: Tensor, held_out: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, float]:
         """The weight to round in place of `weight [out, in]`, and how much of the correction was used.
 
-        `drift` is float32 `[in, in]`, the mean of `(X - x) x^T`, X what the original model's layer
-        reads and x what this one reads; `held_out` is `x` and `X - x` of other tokens.
+        `lacking` is float32 `[out, in]`, the mean of `g x^T`, x what the layer reads and g what its output
+        lacks beside the original's; `held_out` is x and g of other tokens.
         """
         ...
 

@@ -9,11 +9,16 @@ weight, the least-squares problem
 
 has the solution
 
-    V = W + D,    D = W C (H + damp)^-1,    H = E[x x^T],    C = E[(X - x) x^T],
+    V = W + D,    D = L (H + damp)^-1,    H = E[x x^T],    L = E[W (X - x) x^T],
 
 and V is rounded in place of W. This is the correction that Qronos (Zhang et al. 2025,
 arXiv:2505.11695, section 3) interleaves with its rounding, written for all columns at once: rounding V
 by GPTQ with the same H minimises the same error.
+
+Where the output of the layer is added to a sum that is carried on, R in the original and r here, the
+layer can mend the sum as well: `W X + R` is wanted of `V x + r`, and only L changes, to
+`E[(W (X - x) + R - r) x^T]`. Qronos knows no such term; with it, an error need not be carried to the
+end of the model.
 
 D is fitted to the calibration tokens, and through many layers it fits them better than any others:
 the further down a model, the smaller the part of D that other tokens confirm. So some tokens are kept
@@ -37,15 +42,15 @@ quantize_weight = gptq.quantize_weight
 
 
 def correct(
-    weight: Tensor, hessian: Tensor, drift: Tensor, held_out: tuple[Tensor, Tensor], damp: float = DAMP
+    weight: Tensor, hessian: Tensor, lacking: Tensor, held_out: tuple[Tensor, Tensor], damp: float = DAMP
 ) -> tuple[Tensor, float]:
     """The weight to round in place of `weight`.
 
     Args:
         weight: float `[out, in]`; not mutated.
         hessian: float32 `[in, in]`, the mean of `x x^T`.
-        drift: float32 `[in, in]`, the mean of `(X - x) x^T`.
-        held_out: `x` and `X - x`, `[tokens, in]`, of tokens that are not in `drift`.
+        lacking: float32 `[out, in]`, the mean of `g x^T`, g being what the output lacks.
+        held_out: `x [tokens, in]` and `g [tokens, out]` of tokens that are not in `lacking`.
         damp: How dear it is to leave `weight`, relative to the mean of the Hessian's diagonal.
 
     Returns:
@@ -58,16 +63,16 @@ def correct(
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return weight, 0.0
-    correction = torch.cholesky_solve((weight @ drift).T, lower).T
+    correction = torch.cholesky_solve(lacking.T, lower).T
     del lower, damped
-    factor = _confirmed(weight, correction, held_out)
+    factor = _confirmed(correction, held_out)
     return (weight.add(correction, alpha=factor), factor) if factor > 0 else (weight, 0.0)
 
 
-def _confirmed(weight: Tensor, correction: Tensor, held_out: tuple[Tensor, Tensor]) -> float:
-    """`f` in 0 ... 1 for which `f D x` comes closest to `W (X - x)`."""
-    x, gap = held_out
-    wanted, given = gap.float() @ weight.T, x.float() @ correction.T
+def _confirmed(correction: Tensor, held_out: tuple[Tensor, Tensor]) -> float:
+    """`f` in 0 ... 1 for which `f D x` comes closest to `g`."""
+    x, wanted = held_out
+    given = x.float() @ correction.T
     size = float(given.square().sum())
-    factor = float((wanted * given).sum()) / size if size > 0 else 0.0
+    factor = float((wanted.float() * given).sum()) / size if size > 0 else 0.0
     return min(factor, 1.0) if factor > 0 else 0.0  # not a number is not above 0

@@ -31,8 +31,9 @@ def two_streams(seed: int = 0) -> tuple[Tensor, Tensor]:
 def correct(weight: Tensor, original: Tensor, seen: Tensor, damp: float = 0.1) -> tuple[Tensor, float]:
     """Corrected on some tokens, judged on others of the same kind."""
     other, other_seen = two_streams(seed=1)
-    drift = (original - seen).T @ seen / len(seen)
-    return qronos.correct(weight, second_moment(seen), drift, (other_seen, other - other_seen), damp)
+    lacking = weight @ (original - seen).T @ seen / len(seen)
+    held_out = other_seen, (other - other_seen) @ weight.T
+    return qronos.correct(weight, second_moment(seen), lacking, held_out, damp)
 
 
 def test_the_correction_is_the_ridge_solution() -> None:
@@ -66,23 +67,24 @@ def test_what_other_tokens_do_not_confirm_is_not_used() -> None:
     seen, noise = torch.randn(2, 80, 64, generator=random)
     others, other_noise = torch.randn(2, 4000, 64, generator=random)
     weight = random_weight(24, 64)
-    drift = noise.T @ seen / len(seen)
-    found, factor = qronos.correct(weight, second_moment(seen), drift, (others, other_noise), damp=0.01)
+    lacking, held_out = weight @ noise.T @ seen / len(seen), (others, other_noise @ weight.T)
+    found, factor = qronos.correct(weight, second_moment(seen), lacking, held_out, damp=0.01)
     assert factor < 0.1
     assert (found - weight).norm() < 0.2 * weight.norm()
 
 
 def test_the_same_inputs_leave_nothing_to_correct() -> None:
     inputs = correlated_inputs(64)
-    weight, nothing = random_weight(24, 64), torch.zeros(64, 64)
-    found, factor = qronos.correct(weight, second_moment(inputs), nothing, (inputs, torch.zeros_like(inputs)))
+    weight, nothing = random_weight(24, 64), torch.zeros(24, 64)
+    held_out = inputs, torch.zeros(len(inputs), 24)
+    found, factor = qronos.correct(weight, second_moment(inputs), nothing, held_out)
     assert torch.equal(found, weight)
     assert factor == 0
 
 
 def test_a_hessian_that_is_no_hessian_corrects_nothing() -> None:
-    weight, held_out = random_weight(24, 64), (torch.ones(3, 64), torch.ones(3, 64))
-    assert torch.equal(qronos.correct(weight, -torch.eye(64), torch.eye(64), held_out)[0], weight)
+    weight, held_out = random_weight(24, 64), (torch.ones(3, 64), torch.ones(3, 24))
+    assert torch.equal(qronos.correct(weight, -torch.eye(64), weight, held_out)[0], weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -1,0 +1,103 @@
+"""What a matrix lacks: which matrices write is known from the architecture, and sums are done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit import QuantScheme, correction
+from lowbit.blocks import BlockQuantizer
+from lowbit.calibration import find_groups
+from lowbit.formats import FORMATS
+from lowbit.plan import Plan, make_plan
+from lowbit.source import Source
+from lowbit.stream import Stream
+
+W3 = QuantScheme(3, 32)
+# Gemma 3 normalizes what attention and MLP give before it is added: nothing there writes.
+WRITERS = {
+    "llama": {"o_proj", "down_proj"},
+    "qwen2": {"o_proj", "down_proj"},
+    "phi3": {"o_proj", "down_proj"},
+    "gpt2": {"c_proj"},
+    "opt": {"out_proj", "fc2"},
+    "gemma3": set(),
+    "mixtral": {"o_proj"},
+}
+
+
+def opened(folder: Path, batches: int = 1) -> tuple[Source, Plan, Stream]:
+    source = Source(folder, torch.float32)
+    format = "gptq" if "Conv1D" in str(source.model) else "compressed-tensors"
+    plan = make_plan(source.model, W3, FORMATS[format])
+    source.load(source.keys_outside([plan.path]), torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    ids = list(torch.randint(3, 90, (batches, 2, 24), generator=random))
+    return source, plan, Stream(source.model, plan.blocks, ids)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_matrices_that_write_are_found(family: str, tiny_model: Callable[..., Path]) -> None:
+    source, plan, stream = opened(tiny_model(family))
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
+    found = {}
+    for done, stage in enumerate(stages):
+        later = [matrix for after in stages[done + 1 :] for group in after for matrix in group.matrices]
+        factor = correction.added_factor(stream, 0, 0, stage, later)
+        if factor is not None:
+            found[stage[0].matrices[0].module_name.rpartition(".")[2]] = factor
+    assert set(found) == WRITERS[family]
+    assert all(factor == pytest.approx(1, abs=1e-4) for factor in found.values())
+
+
+def test_a_residual_multiplier_is_found(tiny_model: Callable[..., Path]) -> None:
+    """As in Granite: the block adds a fraction of what its matrices give."""
+    source, plan, stream = opened(tiny_model("llama"))
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    mlp = plan.blocks[0].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: 0.25 * whole(x)  # type: ignore[method-assign]
+    stage = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))[-1]
+    assert correction.added_factor(stream, 0, 0, stage, []) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_the_sum_behind_a_matrix(tiny_model: Callable[..., Path]) -> None:
+    source, plan, stream = opened(tiny_model("llama"))
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    block = plan.blocks[0]
+    read: list[Tensor] = []
+    attention: list[Tensor] = []
+    block.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    block.self_attn.o_proj.register_forward_hook(lambda module, args, y: attention.append(y))
+    stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
+    (o_proj,) = stages[1][0].matrices
+    later = [matrix for stage in stages[2:] for group in stage for matrix in group.matrices]
+    x, carried = correction.sum_behind(stream, 0, 0, o_proj, later)
+    assert torch.equal(carried, read[-1] + attention[-1])
+    assert torch.allclose(x @ o_proj.weight.T, attention[-1], atol=1e-5)
+
+
+def test_what_is_carried_on_is_mended(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last block, on the calibration tokens, the original is nearer than without the sums."""
+
+    def distance() -> float:
+        source, plan, stream = opened(folder, 9)
+        tokens = stream.batches
+        stream = Stream(source.model, plan.blocks, [*tokens, tokens[0][:1], *tokens])
+        cpu, told = torch.device("cpu"), lambda *told: None
+        for _ in BlockQuantizer(source, plan, stream, "qronos", torch.bfloat16, cpu, told):
+            pass
+        own, twins = torch.cat(stream.hidden[:9]), torch.cat(stream.hidden[10:])  # type: ignore[arg-type]
+        return float((own - twins).square().mean() / twins.square().mean())
+
+    folder = tiny_model("llama")
+    mended = distance()
+    monkeypatch.setattr(correction, "added_factor", lambda *told: None)
+    assert mended < 0.96 * distance()  # a random model has little in its sums that can be told
