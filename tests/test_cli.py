@@ -242,7 +242,7 @@ def test_a_failed_verification_is_exit_code_1(
     def refuse(*_: object) -> None:
         raise VerificationError("q_proj differs")
 
-    monkeypatch.setattr("lowbit.pipeline.verify", refuse)
+    monkeypatch.setattr("lowbit.road.verify", refuse)
     code, out, err = run("quantize", tiny_model("llama"), "-o", tmp_path / "out", "--method", "rtn")
     assert (code, out, err) == (1, "", "lowbit: q_proj differs\n")
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +254,7 @@ def test_a_bug_keeps_its_traceback(
     def stumble(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lowbit.pipeline.verify", stumble)
+    monkeypatch.setattr("lowbit.road.verify", stumble)
     monkeypatch.setattr(
         sys,
         "argv",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import grid, hf, pipeline, verify
+from lowbit import grid, hf, pipeline, road, verify
 from lowbit.algorithms import REWRITES, awq
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
@@ -72,7 +72,7 @@ def quantized(
             seen.extend((ids, logits))
             return verify.verify(folder, name, ids, logits, *rest)  # type: ignore[arg-type]
 
-        with mock.patch.object(pipeline, "verify", record):
+        with mock.patch.object(road, "verify", record):
             report = pipeline.quantize(
                 tiny_model(family),
                 QuantScheme(4, 32, symmetric),
@@ -111,9 +111,15 @@ def test_what_is_loaded_is_what_was_computed(
     model = hf.load(run.report.output, packed=False)
     found = logits_of(model, run.ids)
     assert torch.isfinite(found).all()
-    # Experts are summed in another order by the loaders' grouped products.
-    tolerance = 0.1 if family in MOE else 1e-5
-    assert (found - run.logits.float()).norm() <= tolerance * run.logits.float().norm()
+    expected = run.logits.float()
+    if family in MOE:
+        # Loaders sum experts in another order, in their grouped products; a router that is nearly tied then
+        # sends a token to another expert: few tokens may differ, and all others hardly do.
+        off = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert off.median() <= 0.03
+        assert off.flatten().quantile(0.9) <= 0.1
+    else:
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert run.report.verification is not None
     assert run.report.verification.weights == len(run.report.layers)
     assert run.report.verification.kl < 1e-6
