@@ -168,11 +168,22 @@ def dense_tensors(
         if isinstance(tensors, Tensor):
             yield module, tensors
             continue
-        weight, order = formats.read(fmt, tensors, fmt.read_config(quantization, module), quantization)
-        dense = weight.dequantize(torch.bfloat16)
-        if order is not None:
-            dense = dense[:, torch.argsort(order)]
-        yield f"{module}.weight", dense.T.contiguous() if module in transposed else dense
+        yield f"{module}.weight", dense(module, tensors, fmt, quantization, transposed)
+
+
+def dense(
+    module: str,
+    tensors: Mapping[str, Tensor],
+    fmt: Format,
+    quantization: Mapping[str, Any],
+    transposed: Collection[str] = (),
+) -> Tensor:
+    """One packed layer as a bfloat16 loader holds it: `[out, in]`, or `[in, out]` if in `transposed`."""
+    weight, order = formats.read(fmt, tensors, fmt.read_config(quantization, module), quantization)
+    found = weight.dequantize(torch.bfloat16)
+    if order is not None:
+        found = found[:, torch.argsort(order)]
+    return found.T.contiguous() if module in transposed else found
 
 
 def index(folder: Path, fmt: Format) -> tuple[dict[str, Path], dict[str, list[str]]]:

@@ -9,7 +9,8 @@ memory passes through block by block.
 Names on disk and names in the model differ for many architectures (prefixes, one tensor per expert
 on disk against one stacked parameter in memory). Transformers knows the way there and back, so both
 directions are its own code: `load` calls its loader on the tensors of one module, `names_on_disk`
-its reverse. These functions are not public API; this file and `quantizer.py` alone touch them.
+its reverse. These functions are not public API; this file, `readback.py` on top of it and
+`quantizer.py` alone touch them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lowbit import origin
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 
@@ -55,85 +57,21 @@ def find(model: str, scratch: Path) -> Path:
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        return _from_gguf(path, scratch)
+        return origin.from_gguf(path, scratch)
     if path.is_dir():
         folder = path
     elif path.exists():
         raise LowbitError(f"{model} is a file: give a folder, a .gguf file or a hub id")
     else:
-        folder = _from_hub(model)
+        folder = origin.from_hub(model)
     if not (folder / "config.json").is_file():
         raise LowbitError(f"{model} has no config.json: give the folder of a Hugging Face model")
     if any(folder.glob("*.safetensors")):
         return folder
     if any(folder.glob("*.bin")):
         _read_config(folder)
-        return _convert(scratch, str(folder))
+        return origin.convert(scratch, str(folder))
     raise LowbitError(f"{model} has no weights (*.safetensors): download the model completely")
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    other = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
-    try:
-        folder = Path(snapshot_download(model, ignore_patterns=[*other, "*.bin"]))
-        if not any(folder.glob("*.safetensors")):  # an old repository, with pickled weights only
-            folder = Path(snapshot_download(model, ignore_patterns=other))
-        return folder
-    except GatedRepoError:
-        raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise LowbitError(f"{model} is neither a local folder nor a public hub id: check the name") from None
-    except HFValidationError:
-        raise LowbitError(f"{model} is neither a local folder nor a valid hub id (org/name)") from None
-    except Exception as error:  # huggingface_hub, httpx and the OS each have their own "can't reach"
-        raise LowbitError(
-            f"{model} is not a local folder and the hub could not give it ({type(error).__name__}): "
-            "check the name and the network, or give a local folder"
-        ) from error
-
-
-def _from_gguf(path: Path, scratch: Path) -> Path:
-    if not path.is_file():
-        raise LowbitError(f"{path} does not exist: give an existing .gguf file")
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise LowbitError(
-            f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'"
-        ) from None
-    return _convert(scratch, str(path.parent.resolve()), gguf_file=path.name)
-
-
-def _convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
-    """Load with transformers whatever it can load, and save it as a safetensors folder."""
-    from transformers import AutoTokenizer, GgufConfig
-
-    kwargs: dict[str, Any] = {}
-    if gguf_file:
-        kwargs = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    target = scratch / "source"
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
-            kwargs.pop("quantization_config", None)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-            # GGUF holds neither: a length of 1e30 and an epsilon widened from float32.
-            if tokenizer.model_max_length > 2**31:
-                tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
-            epsilon = getattr(model.config, "rms_norm_eps", None)
-            if epsilon:
-                model.config.rms_norm_eps = float(f"{epsilon:.6g}")
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise LowbitError(f"{gguf_file or folder} could not be read: {first_line}") from error
-    return target
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -167,7 +105,10 @@ class Source:
         stored_dtype: The model's precision on disk.
         extra_keys: Tensors on disk that the architecture does not use (draft layers and the like).
         bytes: Size of all weight files.
+        quantizer: transformers' own, where packed weights are read; see `readback.py`.
     """
+
+    quantizer: Any = None
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Open `folder`.
@@ -176,7 +117,7 @@ class Source:
             LowbitError: not a causal LM, already quantized, or a file is corrupt or missing a tensor.
         """
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = self._read_config()
         self.dtype = dtype
         stored: Any = self.config.dtype  # before the skeleton sets it
         self.stored_dtype: torch.dtype = stored or torch.float32
@@ -185,6 +126,9 @@ class Source:
         self.model = self._skeleton()
         self._parameter_of, self.extra_keys = self._match_keys()
         self._used_conversions: list[Any] = []
+
+    def _read_config(self) -> PretrainedConfig:
+        return _read_config(self.folder)
 
     def _skeleton(self) -> PreTrainedModel:
         # Eager experts multiply by one expert's matrix at a time, which is what calibration observes.
@@ -218,7 +162,7 @@ class Source:
         return file_of
 
     def _mapping(self) -> Any:
-        return get_model_conversion_mapping(self.model)
+        return get_model_conversion_mapping(self.model, hf_quantizer=self.quantizer)
 
     def _match_keys(self) -> tuple[dict[str, str], list[str]]:
         """Parameter of every key on disk, and the keys that no parameter takes."""
@@ -285,15 +229,10 @@ class Source:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             device_map={"": device},
             weight_mapping=self._mapping(),
+            hf_quantizer=self.quantizer,
         )
         with quiet(), ExitStack() as files:
-            opened: dict[Path, Any] = {}
-            slices = {}
-            for key in keys:
-                file = self._file_of[key]
-                if file not in opened:
-                    opened[file] = files.enter_context(safe_open(file, framework="pt"))
-                slices[key] = opened[file].get_slice(key)
+            slices = self._slices(keys, files)
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
         problems = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
         if problems:
@@ -302,6 +241,17 @@ class Source:
         self._used_conversions += used
         self.model.tie_weights()  # a parameter that was just replaced may have a tied twin
         self._check_finite(slices)
+
+    def _slices(self, keys: Iterable[str], files: ExitStack) -> dict[str, Any]:
+        """What transformers' loader reads these tensors from; `files` closes them."""
+        opened: dict[Path, Any] = {}
+        slices = {}
+        for key in keys:
+            file = self._file_of[key]
+            if file not in opened:
+                opened[file] = files.enter_context(safe_open(file, framework="pt"))
+            slices[key] = opened[file].get_slice(key)
+        return slices
 
     def _check_finite(self, keys: Iterable[str]) -> None:
         for name in {self._parameter_of[key] for key in keys}:

@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import hf
+from lowbit import hf, pages
 from lowbit.blocks import fingerprint
 from lowbit.formats import int_quantized
+from lowbit.plan import head_name
 from lowbit.quiet import quiet
+from lowbit.readback import OwnReader, StockReader, Written
 from lowbit.results import Verification
+from lowbit.source import free
+from lowbit.stream import Stream
+from lowbit.topology import decoder_blocks
 
 STOCK = "stock transformers"
 TOLERANCE = 0.02  # nats; bfloat16 against float32 differs by about 0.001, one wrong matrix by 0.1 and more
@@ -54,14 +59,10 @@ def verify(
     loader = STOCK if stock else f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
     try:
         with quiet(stderr=True), torch.no_grad():
-            model = hf.load_stock(folder) if stock else hf.load(folder, packed=False)
-            model.set_experts_implementation("eager")  # as in memory: other sums could route otherwise
-            read = model(input_ids=ids.to(model.device)).logits.float().cpu()
-            if own and stock:  # gptqmodel's layers stay packed
-                model = hf.load(folder, packed=False)
-        for name, known in fingerprints.items():
-            if fingerprint(_weight(model, name)) != known:
-                raise VerificationError(f"{name} read back from {folder} differs from what was quantized")
+            read = _read(OwnReader(folder) if own else StockReader(folder), ids, fingerprints)
+            if own and stock:  # gptqmodel makes its kernels' layouts of a whole model only
+                model = hf.load_stock(folder)
+                read = model(input_ids=ids.to(model.device)).logits.float().cpu()
     except VerificationError:
         raise
     except Exception as error:  # each library has its own way to stumble over a bad file
@@ -75,6 +76,35 @@ def verify(
             f"logits of {folder} read back by {loader} are {kl:.3g} nats away from the quantized model's"
         )
     return Verification(loader, len(fingerprints), kl)
+
+
+def _read(written: Written, ids: Tensor, fingerprints: Mapping[str, bytes]) -> Tensor:
+    """Logits of what was written, block after block, each compared while it is in memory."""
+    model, known = written.model, dict(fingerprints)
+    path, blocks = decoder_blocks(model)
+    head = head_name(model)
+    head_keys = written.keys_under([head])
+    outside = [key for key in written.keys_outside([path]) if key not in head_keys]
+    written.bring(outside, [])
+    stream = Stream(model, blocks, [ids])
+    for number, block in enumerate(blocks):
+        name = f"{path}.{number}"
+        written.bring(written.keys_under([name]), [name])
+        _compare(model, known, f"{name}.", written.folder)
+        for _ in stream.advance(number):
+            pass
+        free(block)
+        pages.trim()
+    written.bring(head_keys, [head])
+    _compare(model, known, "", written.folder)
+    return stream.logits(0).float()
+
+
+def _compare(model: nn.Module, known: dict[str, bytes], prefix: str, folder: Path) -> None:
+    """Take out of `known` what begins with `prefix`, each equal to the model's weight of that name."""
+    for name in [name for name in known if name.startswith(prefix)]:
+        if fingerprint(_weight(model, name)) != known.pop(name):
+            raise VerificationError(f"{name} read back from {folder} differs from what was quantized")
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

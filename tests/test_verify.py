@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lowbit import QuantScheme, pipeline
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError
 from lowbit.formats import awq, compressed_tensors, gptq
+from lowbit.stream import Stream
 from lowbit.verify import VerificationError, verify
 from tests.tiny import FAMILIES
 
@@ -205,3 +206,21 @@ def test_the_loader_is_named(tiny_model: Folders, tmp_path: Path) -> None:
         "stock transformers",
         "lowbit's own reader (transformers needs gptqmodel for gptq)",
     )
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+def test_one_block_is_in_memory_at_a_time(
+    tiny_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
+) -> None:
+    run(tiny_model("llama"), tmp_path / "out", format_name, verify_output=False)
+    held: list[int] = []
+    advance = Stream.advance
+
+    def counted(self: Stream, *args: Any) -> Iterator[int]:
+        held.append(sum(not next(block.parameters()).is_meta for block in self.blocks))
+        return advance(self, *args)
+
+    monkeypatch.setattr(Stream, "advance", counted)
+    with pytest.raises(VerificationError, match="nats away"):
+        verify(tmp_path / "out", format_name, torch.arange(3, 20)[None], 9 * torch.rand(1, 17, 352), {})
+    assert held == [1, 1, 1]

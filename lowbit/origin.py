@@ -1,0 +1,78 @@
+"""Models that are not a local folder of safetensors yet: on the hub, in a GGUF file, in old `.bin` files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowbit.errors import LowbitError
+from lowbit.quiet import quiet
+
+
+def from_hub(model: str) -> Path:
+    """The snapshot of a hub id; raises `LowbitError` if it can't be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    other = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
+    try:
+        folder = Path(snapshot_download(model, ignore_patterns=[*other, "*.bin"]))
+        if not any(folder.glob("*.safetensors")):  # an old repository, with pickled weights only
+            folder = Path(snapshot_download(model, ignore_patterns=other))
+        return folder
+    except GatedRepoError:
+        raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise LowbitError(f"{model} is neither a local folder nor a public hub id: check the name") from None
+    except HFValidationError:
+        raise LowbitError(f"{model} is neither a local folder nor a valid hub id (org/name)") from None
+    except Exception as error:  # huggingface_hub, httpx and the OS each have their own "can't reach"
+        raise LowbitError(
+            f"{model} is not a local folder and the hub could not give it ({type(error).__name__}): "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def from_gguf(path: Path, scratch: Path) -> Path:
+    """A GGUF file as a folder in `scratch`; raises `LowbitError` if it can't be read."""
+    if not path.is_file():
+        raise LowbitError(f"{path} does not exist: give an existing .gguf file")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise LowbitError(
+            f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'"
+        ) from None
+    return convert(scratch, str(path.parent.resolve()), gguf_file=path.name)
+
+
+def convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
+    """Load with transformers whatever it can load, and save it as a safetensors folder."""
+    from transformers import AutoTokenizer, GgufConfig
+
+    kwargs: dict[str, Any] = {}
+    if gguf_file:
+        kwargs = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    target = scratch / "source"
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
+            kwargs.pop("quantization_config", None)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+            # GGUF holds neither: a length of 1e30 and an epsilon widened from float32.
+            if tokenizer.model_max_length > 2**31:
+                tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+            epsilon = getattr(model.config, "rms_norm_eps", None)
+            if epsilon:
+                model.config.rms_norm_eps = float(f"{epsilon:.6g}")
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise LowbitError(f"{gguf_file or folder} could not be read: {first_line}") from error
+    return target
