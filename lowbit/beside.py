@@ -7,19 +7,20 @@ leaves its folder as it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowbit import card, record, report
+from lowbit import card, durable, record, report
 from lowbit.errors import LowbitError
 from lowbit.inspection import inspect
 from lowbit.results import Report
 
 DESCRIBING = (card.NAME, record.NAME, report.NAME)
 """Files that are written anew when something was measured."""
+
+SUMS = "SHA256SUMS"
 
 
 def after_quantize(
@@ -34,11 +35,14 @@ def after_quantize(
         source: The folder that was quantized, for the licence and languages in its card.
         quantized_by: Who publishes it.
     """
+    for name in (*DESCRIBING, SUMS):  # a run that ended in here had begun them
+        (folder / name).unlink(missing_ok=True)
     kept = record.of_report(done, model, inspect(folder).parts, quantized_by)
     kept["source"] = card.source_metadata(source)
     report.write(kept, folder)
     card.write(kept, folder)
     record.save(kept, folder)  # last: it holds the digest of the card
+    write_sums(folder)
 
 
 def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
@@ -73,21 +77,24 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
     return [f"{folder / report.NAME}", *([note] if note else [])]
 
 
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS`, which `sha256sum --check` and `lowbit inspect --verify` read."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    lines = [f"{durable.sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
 def renew_sums(folder: Path) -> None:
     """Where the folder has a `SHA256SUMS`, renew the lines of the files that describe the checkpoint.
 
     The lines of the weights stay: what they vouch for is what was written once.
     """
-    path = folder / "SHA256SUMS"
+    path = folder / SUMS
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.partition("  ")[2] not in DESCRIBING]
-    new = [
-        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}"
-        for name in DESCRIBING
-        if (folder / name).is_file()
-    ]
+    new = [f"{durable.sha256(folder / name)}  {name}" for name in DESCRIBING if (folder / name).is_file()]
     both = sorted([*kept, *new], key=lambda line: line.partition("  ")[2])
     path.write_text("".join(f"{line}\n" for line in both), encoding="utf-8")
 

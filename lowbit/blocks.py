@@ -66,6 +66,7 @@ class BlockQuantizer:
         scale_dtype: dtype in which the format stores scales.
         device: Where blocks are loaded.
         progress: Told about every batch and matrix.
+        start: Number of the first block; those before it are done, and the stream is beyond them.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class BlockQuantizer:
         scale_dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
+        start: int = 0,
     ) -> None:
         self.source, self.plan, self.stream, self.method = source, plan, stream, method
         self.scale_dtype, self.device = scale_dtype, device
@@ -85,14 +87,15 @@ class BlockQuantizer:
         self._calibrated, self._corrected = ALGORITHMS[method].NEEDS_HESSIAN, method in CORRECTIONS
         self._probe = len(stream.batches) // 2 if self._corrected else len(stream.batches) - 1
         passes = self._probe * self._calibrated + len(stream.batches)
-        self._steps, self._step = passes * len(plan.blocks), 0
+        self._steps, self._step = passes * len(plan.blocks), passes * start
+        self._start = start
 
     def __iter__(self) -> Iterator[QuantizedBlock]:
         """Quantize block after block; each is freed when the next one is asked for."""
-        for number, block in enumerate(self.plan.blocks):
+        for number in range(self._start, len(self.plan.blocks)):
             self.source.load(self.source.keys_under([self._path(number)]), self.device)
             yield self._quantize(number)
-            free(block)
+            free(self.plan.blocks[number])
             pages.trim()
 
     def _path(self, number: int) -> str:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit import durable
 from lowbit.errors import LowbitError
 from lowbit.shard import Shard
 
@@ -47,16 +48,33 @@ class CheckpointWriter:
         total_size: Bytes of all tensors added.
     """
 
-    def __init__(self, folder: Path, max_shard_size: int) -> None:
-        folder.mkdir(parents=True)
+    def __init__(
+        self, folder: Path, max_shard_size: int, marks: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Begin a checkpoint, or go on with one.
+
+        Args:
+            folder: Folder to create, or with `marks` the one they were made in.
+            max_shard_size: Bytes of a shard.
+            marks: What `mark` gave; anything written later is removed. An empty list begins a checkpoint
+                that can be marked, in place of whatever is in the folder.
+
+        Raises:
+            LowbitError: a shard is not as it was marked.
+        """
         self.folder = folder
-        self.total_size = 0
         self._max_shard_size = max_shard_size
-        self._shards = [self._new_shard(0)]
-        self._names: set[str] = set()
+        self._resumable = marks is not None
+        if not marks and self._resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not marks:
+            folder.mkdir(parents=True)
+        self._shards = _marked_shards(folder, marks) if marks else [self._new_shard(0)]
+        self._names = {name for shard in self._shards for name in shard.names}
+        self.total_size = sum(shard.size for shard in self._shards)
 
     def _new_shard(self, number: int) -> Shard:
-        return Shard(self.folder / f"part-{number}.safetensors")
+        return Shard(_part(self.folder, number))
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, to a new shard where it would overfill the current one.
@@ -69,15 +87,27 @@ class CheckpointWriter:
         self._names.add(name)
         shard = self._shards[-1]
         if shard.size and shard.size + tensor.nbytes > self._max_shard_size:
-            shard.close()
+            shard.close(keep_data=self._resumable)
             shard = self._new_shard(len(self._shards))
             self._shards.append(shard)
         shard.add(name, tensor)
         self.total_size += tensor.nbytes
 
+    def mark(self) -> list[dict[str, Any]]:
+        """Bring what was added to the disk; what another process needs to go on from here."""
+        marks = [shard.mark() for shard in self._shards]
+        durable.sync(self.folder)
+        return marks
+
+    def tidy(self) -> None:
+        """Once a mark is committed: remove what only the one before it needed."""
+        for shard in self._shards:
+            if shard.closed:
+                shard.data_path.unlink(missing_ok=True)
+
     def finish(self, config: Mapping[str, Any], sidecars: list[Path]) -> None:
         """Close the last shard; write the index, `config.json`, and copies of the source's other files."""
-        self._shards[-1].close()
+        self._shards[-1].close(keep_data=self._resumable)
         count = len(self._shards)
         weight_map = {}
         for number, shard in enumerate(self._shards, start=1):
@@ -90,6 +120,34 @@ class CheckpointWriter:
         for file in sidecars:
             shutil.copyfile(file, self.folder / file.name)
         write_json(self.folder / "config.json", config)
+
+
+def drop_parts(folder: Path) -> None:
+    """Once a finished checkpoint is committed: remove what only the mark before it needed."""
+    for path in folder.glob("part-*.data"):
+        path.unlink()
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number}.safetensors"
+
+
+def _marked_shards(folder: Path, marks: Sequence[Mapping[str, Any]]) -> list[Shard]:
+    """The shards as they were marked, found again where `finish` had begun to rename them."""
+    shards, needed = [], set()
+    for number, mark in enumerate(marks):
+        part = _part(folder, number)
+        if mark["closed"] and not part.exists():
+            for renamed in folder.glob(f"model-{number + 1:05}-of-*.safetensors"):
+                renamed.rename(part)
+        file = part if mark["closed"] else Shard.data_of(part)
+        durable.check(file, mark["size"], mark["sha256"])
+        shards.append(Shard(part, mark))
+        needed.add(file)
+    for path in folder.iterdir():
+        if path not in needed:
+            path.unlink()
+    return shards
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -199,7 +257,8 @@ def scratch_beside(output: Path) -> Iterator[Path]:
 
 
 def put_in_place(finished: Path, output: Path) -> None:
-    """Rename a finished folder to `output`; one that is there already is moved aside and removed."""
+    """Rename what is finished to `output`; what is there already is moved aside and removed."""
+    (durable.sync_folder if finished.is_dir() else durable.sync)(finished)
     aside = finished.with_name("replaced")
     if output.exists():
         output.rename(aside)
@@ -209,4 +268,5 @@ def put_in_place(finished: Path, output: Path) -> None:
         if aside.exists():
             aside.rename(output)
         raise
+    durable.sync(output.parent)
     shutil.rmtree(aside, ignore_errors=True)

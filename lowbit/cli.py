@@ -1,7 +1,8 @@
 """The command line: the list of commands, errors and exit codes.
 
 Every refusal is one line on stderr and exit code 2; a failed verification is exit code 1; Ctrl-C is
-130. Heavy imports wait until a command runs, so `--help` answers at once.
+130. Where the same command goes on later, the line says so. Heavy imports wait until a command runs, so
+`--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 
 from lowbit import __version__
 from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, push, quantize
-from lowbit.errors import LowbitError
+from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 
 COMMANDS = {
     "quantize": quantize,
@@ -42,8 +43,6 @@ OVERVIEW = {
     "see how fast it is": ("lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B",),
 }
 """The five things one does with lowbit, shown where it is called without a command."""
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="lowbit",
@@ -100,6 +99,8 @@ def main() -> None:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted: nothing was left behind", INTERRUPTED)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.code)
     except LowbitError as error:
         _fail(str(error), 2)
     except OSError as error:  # a full disk, a folder that may not be read

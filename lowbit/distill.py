@@ -31,6 +31,7 @@ from lowbit.errors import LowbitError
 from lowbit.judge import Judge
 from lowbit.quantized import QuantizedWeight
 from lowbit.trainable import TrainableLinear
+from lowbit.training import Norms, Training
 
 TOKENS_PER_STEP = 2048
 HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the end
@@ -70,6 +71,8 @@ def distill(
     tokens_per_step: int = TOKENS_PER_STEP,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
+    resume_from: Mapping[str, Tensor] | None = None,
+    keep: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Distilled:
     """Train the scales and norms of `model` towards the original. The model is changed in place.
 
@@ -83,6 +86,8 @@ def distill(
         tokens_per_step: Tokens between two steps of the optimizer.
         seed: Seed of the order of rows.
         progress: Called with (steps done, steps in all, mean KL of the step in nats).
+        resume_from: What an interrupted run handed to `keep`: its steps are not done again.
+        keep: Given now and then all that is needed to go on from there, to the bit.
 
     Raises:
         LowbitError: too few rows, no layer to train, or logits that are made in an unknown way.
@@ -95,26 +100,22 @@ def distill(
     held_out = range(rows, len(batches))
     model.requires_grad_(False)
     layers = _make_trainable(model, quantized)
-    norms = _Norms(model)
-    before = judge.mean(model, batches, targets, held_out)
-    optimizer = torch.optim.Adam(
-        [*(layer.gains for layer in layers.values()), *norms.gains.values()], betas=(0.9, 0.95)
-    )
+    norms = Norms(model)
+    training = Training(layers, norms)
+    if resume_from:
+        done, before = training.restore(resume_from)
+    else:
+        done, before = 0, judge.mean(model, batches, targets, held_out)
     at_once = max(1, tokens_per_step // batches.shape[1])
     order = _order(rows, epochs, seed).split(at_once)
     with _checkpointed(model):
-        for step, chosen in enumerate(order):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, len(order))
+        for step, chosen in enumerate(order[done:], start=done):
             loss = judge.step(model, batches[chosen], torch.stack([targets[i] for i in chosen]))
-            norms.take_gradients()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            norms.refresh()
-            for layer in layers.values():
-                layer.refresh()
+            training.step(learning_rate * _schedule(step, len(order)))
             if progress:
                 progress(step + 1, len(order), loss)
+            if keep and training.is_due():
+                keep(training.state(step + 1, before))
     after = judge.mean(model, batches, targets, held_out)
     learned = {name: layer.quantized() for name, layer in layers.items()}
     return Distilled(learned, norms.weights(), before, after, kept, len(order))
@@ -145,41 +146,6 @@ def _make_trainable(
     if not layers:
         raise LowbitError(f"{type(model).__name__} has no quantized linear layer to train")
     return layers
-
-
-class _Norms:
-    """Float32 gains on the weights of all norms, whose parameters in the model follow them."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._initial: dict[str, Tensor] = {}
-        self._offsets: dict[str, float] = {}
-        self.gains: dict[str, nn.Parameter] = {}
-        for path, module in model.named_modules():
-            if topology.is_norm(module):
-                name, weight = f"{path}.weight", module.weight
-                self._offsets[name] = topology.norm_offset(module)
-                self._initial[name] = weight.detach().float() + self._offsets[name]
-                self._parameters[name] = weight.requires_grad_(True)
-                self.gains[name] = nn.Parameter(torch.ones_like(self._initial[name]))
-
-    def take_gradients(self) -> None:
-        """Hand the gradients of the model's parameters on to the gains."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self.gains[name].grad = parameter.grad.float() * self._initial[name]
-                parameter.grad = None
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Follow the gains after a step of the optimizer."""
-        for name, weight in self.weights().items():
-            self._parameters[name].copy_(weight)
-
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """New weights by parameter name, float32."""
-        return {name: self._initial[name] * gain - self._offsets[name] for name, gain in self.gains.items()}
 
 
 @contextmanager

@@ -8,3 +8,19 @@ the fix. The command line prints that line and exits with code 2; a library call
 
 class LowbitError(ValueError):
     """A problem that the user can mend; the message is one line with the value and the fix."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+class Stopped(Exception):
+    """A run was stopped, and the same command goes on from there; the message is one line.
+
+    Attributes:
+        code: Exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

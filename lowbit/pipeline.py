@@ -1,8 +1,9 @@
 """The road: source, calibration, algorithm, format, file. `quantize` is these steps in order.
 
 Refusals come first: target folder, source, plan, room on the disk and the calibration data are all
-checked before the first block is touched. Everything is written beside the target and renamed at
-the end, after it was read back and compared.
+checked before the first block is touched. Everything is written into a work folder beside the target and
+renamed at the end, after it was read back and compared. What is done is committed there block by block
+(`work.py`), and a run that finds such a folder goes on from it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint
+from lowbit import beside, checkpoint, identity
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
@@ -29,6 +33,7 @@ from lowbit.results import Report
 from lowbit.road import Road
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
+from lowbit.work import Work, open_work
 
 
 def quantize(
@@ -51,6 +56,7 @@ def quantize(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    restart: bool = False,
     verify_output: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantized_by: str | None = None,
@@ -80,6 +86,7 @@ def quantize(
         dtype: Working precision: `auto`, `float32`, `bfloat16`.
         max_shard_size: Size of a safetensors shard.
         overwrite: Replace an existing checkpoint.
+        restart: Discard what an interrupted run left beside `output`, in place of going on from it.
         verify_output: Read the result back and compare it before it gets its name.
         tokenizer: Only for a loaded model without a folder of its own.
         quantized_by: Who publishes the checkpoint, for the model card.
@@ -89,7 +96,7 @@ def quantize(
         A report of every layer, of what was skipped, and of how the result was verified.
 
     Raises:
-        LowbitError: anything the user can mend; nothing is left behind.
+        LowbitError: anything the user can mend; nothing is left behind, except what was there to go on from.
         VerificationError: the written checkpoint is not what was computed; nothing is left behind.
 
     >>> report = quantize(tiny_model, QuantScheme(bits=4, group_size=32), output=folder / "w4",
@@ -98,33 +105,79 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme)
-    started, cpu = time.monotonic(), time.process_time()
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
-    checkpoint.check_target(target, _name(model), overwrite)
-    shard_bytes = checkpoint.parse_size(max_shard_size)
-    where = find_device(device)
-    with checkpoint.scratch_beside(target) as scratch:
-        folder = _find(model, tokenizer, scratch)
+    shard_bytes, where = checkpoint.parse_size(max_shard_size), find_device(device)
+    with open_work(target, restart) as work:
+        if work.is_placed(target):
+            return Report.of_json(work.facts["report"])
+        checkpoint.check_target(target, _name(model), overwrite)
+        folder = _find(model, tokenizer, work.folder)
         opened = Source(folder, find_dtype(dtype, where))
         plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group or scheme is None, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-        checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
-        batches, rows = find_batches(
-            opened, report, method, dataset, samples, seq_len, seed, told, dial.training * samples
-        )
-        report.end_stage("calibration data", time.monotonic() - started)
-        road = Road(opened, plan, fmt, report, where, told)
-        road.write(scratch / "checkpoint", shard_bytes, batches)
+        work.check(_inputs(opened, where, effort=effort, method=method, scheme=str(plan.scheme),
+                           format=format, dataset=dataset, samples=samples, seq_len=seq_len, seed=seed,
+                           skip=list(skip), head_bits=head_bits, max_shard_size=shard_bytes,
+                           schemes={at: str(other) for at, other in (schemes or {}).items()}))  # fmt: skip
+        if work.facts:
+            report = Report.of_json(work.facts["report"])
+            told("resume", 1, 1, f"going on from {work.folder}")
+        else:
+            checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
+        batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial)
+        road = Road(opened, plan, fmt, report, where, told, work)
+        road.write(shard_bytes, batches)
         if rows is not None:
-            road.refine(scratch / "checkpoint", rows, dial.epochs, shard_bytes, batches[-1])
+            road.refine(rows, dial.epochs, shard_bytes, batches[-1])
         if verify_output:
-            road.verify(scratch / "checkpoint", batches[-1])
-        report.seconds["all"] = time.monotonic() - started
-        report.cpu_seconds = time.process_time() - cpu
-        beside.after_quantize(scratch / "checkpoint", report, _name(model), folder, quantized_by)
-        checkpoint.put_in_place(scratch / "checkpoint", target)
+            road.verify(batches[-1])
+        report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
+        beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by)
+        work.commit({"report": report.to_json()}, {})
+        checkpoint.put_in_place(work.checkpoint, target)
     return report
+
+
+def _inputs(opened: Source, device: torch.device, **options: Any) -> dict[str, Any]:
+    """What the bytes of the result depend on."""
+    around = [opened.folder / "config.json", *sources.sidecars(opened.folder)]
+    return {
+        **options,
+        "model": identity.of_model(opened.files, around),
+        "text": identity.of_text(options["dataset"]),
+        "dtype": str(opened.dtype),
+        "device": device.type,
+        **identity.versions(),
+    }
+
+
+def _data(
+    work: Work,
+    opened: Source,
+    report: Report,
+    dataset: str | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    told: Progress,
+    dial: Effort,
+) -> tuple[list[Tensor], Tensor | None]:
+    """`find_batches`, or what a run that was interrupted had found."""
+    kept = work.load("data")
+    if kept:
+        rows = kept.pop("rows", None)
+        return [kept[name] for name in sorted(kept)], rows
+    started = time.monotonic()
+    batches, rows = find_batches(
+        opened, report, report.method, dataset, samples, seq_len, seed, told, dial.training * samples
+    )
+    report.end_stage("calibration data", time.monotonic() - started)
+    found = {f"{number:06}": batch for number, batch in enumerate(batches)}
+    long = report.calibration.startswith("self")  # the model wrote it itself
+    found |= {} if rows is None else {"rows": rows}
+    work.commit({"report": report.to_json()}, {"data": found}, worth=long)
+    return batches, rows
 
 
 def _choose(effort: str, method: str | None, format: str, scheme: QuantScheme | None) -> tuple[Effort, str]:

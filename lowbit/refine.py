@@ -9,7 +9,7 @@ and norms differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def refine(
     max_shard_size: int = 5 * 10**9,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    resume_from: Mapping[str, Tensor] | None = None,
+    keep: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Refined:
     """Train the scales and norms of a quantized checkpoint towards the original model.
 
@@ -72,6 +74,8 @@ def refine(
         max_shard_size: Bytes of a shard.
         device: Where to train.
         progress: Told about every row and step.
+        resume_from: What an interrupted run handed to `keep`; empty or None starts anew.
+        keep: Given now and then what is needed to go on from there.
 
     Raises:
         LowbitError: `folder` is not quantized in a format that lowbit reads, or can't be trained.
@@ -87,6 +91,7 @@ def refine(
     done = distill(
         model, weights, tokens, targets, epochs=epochs, tokens_per_step=tokens_per_step,
         progress=lambda step, steps, kl: told("train", step, steps, f"KL {kl:.4f}"),
+        resume_from=resume_from, keep=keep,
     )  # fmt: skip
     del model
     kept = done.after < done.before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,18 @@ class Report:
     def end_stage(self, name: str, seconds: float) -> None:
         """Note how long a stage took, and the memory needed until now."""
         self.seconds[name] = seconds
-        self.memory[name] = peak_memory()
+        self.memory[name] = max(self.memory.get(name, 0), peak_memory())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `of_json` makes the report again."""
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Report:
+        """The report that `to_json` took apart."""
+        layers = [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]]
+        read = values["verification"] and Verification(**values["verification"])
+        return cls(**{**values, "output": Path(values["output"]), "layers": layers, "verification": read})
 
     @property
     def calibration_used(self) -> bool:

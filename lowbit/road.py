@@ -1,20 +1,23 @@
 """The steps from an opened model to a verified checkpoint: blocks, head, training, reading back.
 
 What they share (schemes, shapes, digests of what was written) is in `Road`; what is decided before the
-first block, and what happens after the last step, is in `pipeline.py`.
+first block, and what happens after the last step, is in `pipeline.py`. After every block and every later
+step all of it is committed to the work folder (`work.py`), so every step begins where a commit left off.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit import checkpoint, hf
+from lowbit import checkpoint, durable, hf
 from lowbit import source as sources
 from lowbit.algorithms import CORRECTIONS, rtn
 from lowbit.blocks import BlockQuantizer, Progress, fingerprint
@@ -29,6 +32,7 @@ from lowbit.scheme import QuantScheme, text_of
 from lowbit.source import Source
 from lowbit.stream import Stream
 from lowbit.verify import verify
+from lowbit.work import Work
 
 
 class Road:
@@ -42,17 +46,36 @@ class Road:
         report: Report,
         device: torch.device,
         progress: Progress,
+        work: Work,
     ) -> None:
         self.source, self.plan, self.fmt, self.report = source, plan, fmt, report
-        self.device, self.progress = device, progress
-        self.schemes: dict[str, QuantScheme] = {}
-        self.shapes: dict[str, tuple[int, int]] = {}
-        self.fingerprints: dict[str, bytes] = {}
-        self.logits: Tensor | None = None
+        self.device, self.progress, self.work = device, progress, work
+        facts = work.facts
+        plan.skipped.update(facts.get("skipped", {}))
+        self.schemes = {name: QuantScheme(**scheme) for name, scheme in facts.get("schemes", {}).items()}
+        self.shapes: dict[str, tuple[int, int]] = dict(facts.get("shapes", {}))
+        self.fingerprints = {name: bytes.fromhex(d) for name, d in facts.get("fingerprints", {}).items()}
+        self.logits: Tensor | None = work.load("logits").get("logits")
 
-    def write(self, folder: Path, shard_bytes: int, batches: list[Tensor]) -> None:
-        """Quantize block after block into `folder`."""
-        source, plan, started = self.source, self.plan, time.monotonic()
+    def _commit(self, facts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Make what is done so far the state to go on from."""
+        everything = {
+            "report": self.report.to_json(),
+            "skipped": self.plan.skipped,
+            "schemes": {name: dataclasses.asdict(scheme) for name, scheme in self.schemes.items()},
+            "shapes": self.shapes,
+            "fingerprints": {name: digest.hex() for name, digest in self.fingerprints.items()},
+        }
+        self.work.commit({**everything, **facts}, tensors)
+
+    def write(self, shard_bytes: int, batches: list[Tensor]) -> None:
+        """Quantize block after block into the work folder's checkpoint; goes on after what is done."""
+        facts = self.work.facts
+        if "result" in facts:
+            checkpoint.drop_parts(self.work.checkpoint)
+            return
+        source, plan, done = self.source, self.plan, facts.get("blocks", 0)
+        started = time.monotonic() - self.report.seconds.get("quantization", 0.0)
         head = head_name(source.model)
         outside = source.keys_outside([plan.path])
         head_keys = source.keys_under([head])
@@ -60,16 +83,16 @@ class Road:
         twins = batches[:-1] if self.report.method in CORRECTIONS else []  # see BlockQuantizer
         on_device = [batch.to(self.device) for batch in (*batches, *twins)]
         stream = Stream(source.model, plan.blocks, on_device)
-        writer = CheckpointWriter(folder, shard_bytes)
-        for key in outside:
-            if key not in head_keys:
-                self._copy(writer, key)
-        for key in source.extra_keys:
-            writer.add(key, source.read(key))
+        writer = CheckpointWriter(self.work.checkpoint, shard_bytes, facts.get("shards", []))
+        if done:
+            stream.hidden = [tensor.to(self.device) for tensor in self.work.load("carried").values()]
+            stream.extra_outputs = facts["extra_outputs"]
+        else:
+            self._copy_outside(writer, [key for key in outside if key not in head_keys])
         blocks = BlockQuantizer(
-            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress
+            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress, done
         )
-        for block in blocks:
+        for number, block in enumerate(blocks, start=done + 1):
             for name, weight in block.weights.items():
                 self._pack(writer, name, weight)
             for key, tensor in block.tensors.items():
@@ -77,11 +100,28 @@ class Road:
             self.report.layers += block.layers
             self.report.notes += block.notes
             self.fingerprints |= block.fingerprints
+            self.report.end_stage("quantization", time.monotonic() - started)
+            self._commit_block(number, writer, stream)
         self._write_head(writer, head, head_keys)
         self.logits = stream.logits(len(batches) - 1)
         stream.hidden.clear()
         self._finish(writer, head)
         self.report.end_stage("quantization", time.monotonic() - started)
+        durable.sync_folder(writer.folder)
+        self._commit({"result": writer.folder.name}, {"carried": {}, "logits": {"logits": self.logits}})
+        checkpoint.drop_parts(writer.folder)
+
+    def _commit_block(self, done: int, writer: CheckpointWriter, stream: Stream) -> None:
+        hidden = {f"{number:06}": tensor for number, tensor in enumerate(stream.hidden) if tensor is not None}
+        facts = {"blocks": done, "shards": writer.mark(), "extra_outputs": stream.extra_outputs}
+        self._commit(facts, {"carried": hidden})
+        writer.tidy()
+
+    def _copy_outside(self, writer: CheckpointWriter, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._copy(writer, key)
+        for key in self.source.extra_keys:
+            writer.add(key, self.source.read(key))
 
     def _copy(self, writer: CheckpointWriter, key: str, tensor: Tensor | None = None) -> None:
         original = self.source.read(key)
@@ -137,36 +177,53 @@ class Road:
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
 
-    def refine(self, folder: Path, rows: Tensor, epochs: int, shard_bytes: int, ids: Tensor) -> None:
-        """Train the scales and norms of what is in `folder`; see `refine.py`."""
-        started, refined = time.monotonic(), folder.with_name("refined")
+    def refine(self, rows: Tensor, epochs: int, shard_bytes: int, ids: Tensor) -> None:
+        """Train the scales and norms of what was written; see `refine.py`."""
+        work, report = self.work, self.report
+        if "trained" in work.facts:
+            return
+        started = time.monotonic() - report.seconds.get("training", 0.0)
+        refined = work.folder / "refined"
+        shutil.rmtree(refined, ignore_errors=True)
         self.source.release()
+
+        def keep(tensors: Mapping[str, Tensor]) -> None:
+            report.end_stage("training", time.monotonic() - started)
+            self._commit({}, {"training": tensors})
+
+        result: dict[str, Any] = {"trained": True}
         try:
             done = refine(
-                folder, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
-                device=self.device, progress=self.progress,
+                work.checkpoint, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
+                device=self.device, progress=self.progress, resume_from=work.load("training"), keep=keep,
             )  # fmt: skip
         except LowbitError as error:  # what was rounded stands, and took longer
-            self.report.notes.append(f"scales and norms were not trained: {error}")
-            return
-        told = f"KL on {done.held_out} rows that were not trained on {done.before:.4f} -> {done.after:.4f}"
-        if done.kept:
-            shutil.rmtree(folder)
-            refined.rename(folder)
-            self.fingerprints |= done.fingerprints
-            self.logits = hf.load(folder, packed=False)(input_ids=ids).logits.detach()
-            self.report.notes.append(f"scales and norms trained for {done.steps} steps: {told}")
+            report.notes.append(f"scales and norms were not trained: {error}")
         else:
-            self.report.notes.append(f"training scales and norms gained nothing and was dropped: {told}")
-        self.report.end_stage("training", time.monotonic() - started)
+            told = f"KL on {done.held_out} rows not trained on {done.before:.4f} -> {done.after:.4f}"
+            if done.kept:
+                result["result"] = refined.name
+                self.fingerprints |= done.fingerprints
+                self.logits = hf.load(refined, packed=False)(input_ids=ids).logits.detach()
+                report.notes.append(f"scales and norms trained for {done.steps} steps: {told}")
+                durable.sync_folder(refined)
+            else:
+                report.notes.append(f"training scales and norms gained nothing and was dropped: {told}")
+            report.end_stage("training", time.monotonic() - started)
+        assert self.logits is not None
+        self._commit(result, {"training": {}, "logits": {"logits": self.logits}})
 
-    def verify(self, folder: Path, ids: Tensor) -> None:
-        """Read `folder` back; raises `VerificationError` unless it is what was computed."""
-        started = time.monotonic()
+    def verify(self, ids: Tensor) -> None:
+        """Read the result back; raises `VerificationError` unless it is what was computed."""
+        if self.report.verification is not None:
+            return
+        started, logits = time.monotonic(), self.logits
         self.progress("verify", 0, 1, "reading the checkpoint back")
-        logits = self.logits
         assert logits is not None
         self.source.release()
-        self.report.verification = verify(folder, self.report.format, ids, logits, self.fingerprints)
+        self.report.verification = verify(
+            self.work.checkpoint, self.report.format, ids, logits, self.fingerprints
+        )
         self.progress("verify", 1, 1, "verified")
         self.report.end_stage("verification", time.monotonic() - started)
+        self._commit({}, {})

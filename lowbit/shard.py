@@ -8,11 +8,17 @@ without gaps (https://github.com/huggingface/safetensors, section "Format").
 Data goes to a file beside the target as it comes. Closing the shard copies it behind the header in
 the library's own order, widest dtype first and then by name, which keeps every tensor at a multiple of
 its element size, and makes the file the same, byte for byte, as the one the library writes.
+
+A shard in the making can be marked: what is in it until then is on the disk, and another process can go
+on from the mark, whatever was written after it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,14 +52,25 @@ class Shard:
         path: Where it will be once it is closed.
         names: Tensors added so far.
         size: Their bytes.
+        closed: Is it whole?
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mark: Mapping[str, Any] | None = None) -> None:
+        """Begin a shard, or with `mark` go on with one that holds what was marked."""
         self.path = path
-        self.names: list[str] = []
-        self.size = 0
         self._entries: list[tuple[int, str, list[int], int, int]] = []
-        self._data: BinaryIO = self._data_path().open("wb")
+        self._digest = hashlib.sha256()
+        self.closed = bool(mark and mark["closed"])
+        self._whole = dict(mark) if mark and self.closed else {}
+        if mark:
+            self._entries = [tuple(entry) for entry in mark["entries"]]
+        self.names = [name for _, name, *_ in self._entries]
+        self.size = sum(entry[-1] for entry in self._entries)
+        if not self.closed:
+            self._data: BinaryIO = self.data_path.open("r+b" if mark else "wb")
+            for _ in range(0, self.size, _AT_ONCE):
+                self._digest.update(self._data.read(min(_AT_ONCE, self.size - self._data.tell())))
+            self._data.truncate(self.size)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor of any shape and device; its bytes go to disk at once.
@@ -61,15 +78,16 @@ class Shard:
         Raises:
             KeyError: safetensors has no name for its dtype.
         """
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         kind = _ORDER.index(DTYPES[tensor.dtype])
-        self._entries.append((kind, name, list(tensor.shape), self.size, flat.numel()))
-        flat.numpy().tofile(self._data)
+        self._entries.append((kind, name, list(tensor.shape), self.size, flat.size))
+        flat.tofile(self._data)
+        self._digest.update(flat.data)
         self.names.append(name)
-        self.size += flat.numel()
+        self.size += flat.size
 
-    def close(self) -> None:
-        """Put the header and the data together at `path`."""
+    def close(self, keep_data: bool = False) -> None:
+        """Put the header and the data together at `path`; with `keep_data` the latter stays, too."""
         self._data.close()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -79,13 +97,42 @@ class Shard:
             offset += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
-        with self.path.open("wb") as file, self._data_path().open("rb") as data:
-            file.write(len(text).to_bytes(8, "little") + text)
+        digest = hashlib.sha256()
+        with self.path.open("wb") as file, self.data_path.open("rb") as data:
+            for part in (len(text).to_bytes(8, "little"), text):
+                file.write(part)
+                digest.update(part)
             for *_, start, size in ordered:
                 data.seek(start)
                 for done in range(0, size, _AT_ONCE):
-                    file.write(data.read(min(_AT_ONCE, size - done)))
-        self._data_path().unlink()
+                    part = data.read(min(_AT_ONCE, size - done))
+                    file.write(part)
+                    digest.update(part)
+        self.closed = True
+        self._whole = {"size": 8 + len(text) + offset, "sha256": digest.hexdigest(), "synced": False}
+        if not keep_data:
+            self.data_path.unlink()
 
-    def _data_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.data")
+    def mark(self) -> dict[str, Any]:
+        """Bring the shard to the disk as it is; what another process needs to go on from here."""
+        if not self.closed:
+            self._data.flush()
+            os.fsync(self._data.fileno())
+            found = {"size": self.size, "sha256": self._digest.hexdigest()}
+        else:
+            found = {name: self._whole[name] for name in ("size", "sha256")}
+            if not self._whole.get("synced", True):
+                with self.path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                self._whole["synced"] = True
+        return {"closed": self.closed, "entries": [list(entry) for entry in self._entries], **found}
+
+    @property
+    def data_path(self) -> Path:
+        """Where the data is until the shard is closed."""
+        return self.data_of(self.path)
+
+    @staticmethod
+    def data_of(path: Path) -> Path:
+        """Where the data of a shard at `path` is until it is closed."""
+        return path.with_name(f"{path.name}.data")

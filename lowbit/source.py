@@ -104,7 +104,8 @@ class Source:
         dtype: Working precision of whatever is loaded.
         stored_dtype: The model's precision on disk.
         extra_keys: Tensors on disk that the architecture does not use (draft layers and the like).
-        bytes: Size of all weight files.
+        files: All weight files.
+        bytes: Their size.
         quantizer: transformers' own, where packed weights are read; see `readback.py`.
     """
 
@@ -122,7 +123,8 @@ class Source:
         stored: Any = self.config.dtype  # before the skeleton sets it
         self.stored_dtype: torch.dtype = stored or torch.float32
         self._file_of = self._index_files()
-        self.bytes = sum(file.stat().st_size for file in set(self._file_of.values()))
+        self.files = set(self._file_of.values())
+        self.bytes = sum(file.stat().st_size for file in self.files)
         self.model = self._skeleton()
         self._parameter_of, self.extra_keys = self._match_keys()
         self._used_conversions: list[Any] = []

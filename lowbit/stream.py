@@ -28,6 +28,7 @@ class Stream:
     Attributes:
         batches: Token ids, int64 `[rows, length]` each; no padding.
         hidden: What the next block reads, `[rows, length, hidden]` each; None before the first block.
+        extra_outputs: How many values a block returns beside its activations; -1: a bare tensor.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> None:
@@ -35,7 +36,7 @@ class Stream:
         self.blocks = blocks
         self.batches = list(batches)
         self.hidden: list[Tensor | None] = [None] * len(self.batches)
-        self._extra_outputs = 0  # how many values a block returns beside its activations; -1: a bare tensor
+        self.extra_outputs = 0
 
     def run(self, block: int, batch: int) -> Tensor:
         """Output of block number `block` for one batch; the carried activations stay as they are."""
@@ -52,10 +53,10 @@ class Stream:
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
             result = forward(*self._substitute(args, kwargs, batch), **kwargs)
             if isinstance(result, tuple):
-                self._extra_outputs = len(result) - 1
+                self.extra_outputs = len(result) - 1
                 result = result[0]
             else:
-                self._extra_outputs = -1
+                self.extra_outputs = -1
             output.append(result)
             raise Stop
 
@@ -93,7 +94,7 @@ class Stream:
         return args
 
     def _as_output(self, hidden: Any) -> Any:
-        return hidden if self._extra_outputs < 0 else (hidden, *[None] * self._extra_outputs)
+        return hidden if self.extra_outputs < 0 else (hidden, *[None] * self.extra_outputs)
 
     @contextmanager
     def _stand_ins(self, until: int) -> Iterator[None]:

@@ -41,7 +41,8 @@ def test_the_same_seed_gives_the_same_bytes(
     for name, options in [("a", {}), ("b", {}), ("c", {"seed": 1})]:
         quantize(tiny_model("mixtral"), method=method, output=tmp_path / name, dataset="self", samples=3,
                  seq_len=32, **options)  # fmt: skip
-    described = {"lowbit_report.json", "report.html", "README.md"}  # they tell how long this very run took
+    # These tell how long this very run took, and the last one vouches for them.
+    described = {"lowbit_report.json", "report.html", "README.md", "SHA256SUMS"}
     files = {
         name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir() if f.name not in described}
         for name in "abc"
@@ -68,7 +69,14 @@ def test_what_stood_beside_the_model_comes_along(
     } < carried
     for name in carried:
         assert (report.output / name).read_bytes() == (folder / name).read_bytes()
-    ours = {"model.safetensors", "config.json", "README.md", "report.html", "lowbit_report.json"}
+    ours = {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "report.html",
+        "lowbit_report.json",
+        "SHA256SUMS",
+    }
     assert {f.name for f in report.output.iterdir()} == carried | ours
     assert "The card of the original." not in (report.output / "README.md").read_text()
     chat = [{"role": "user", "content": "Who built the mill?"}]

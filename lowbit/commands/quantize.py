@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,7 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
-from lowbit.errors import LowbitError
+from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 EXAMPLES = (
@@ -108,6 +110,9 @@ def run(
     dtype: Annotated[str, typer.Option(help="Working precision: auto, bfloat16 or float32.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors shard.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an interrupted run left, and start over.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
     ] = True,
@@ -125,7 +130,7 @@ def run(
     console = open_console(as_json)
     auto_group = group_size == "auto" and activation_bits is None
     scheme = _scheme(bits, group_size, symmetric, activation_bits)
-    with progress_bar(console) as progress:
+    with stopped(), progress_bar(console) as progress:
         report = quantize(
             model,
             scheme,
@@ -144,6 +149,7 @@ def run(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            restart=restart,
             verify_output=verify,
             quantized_by=quantized_by,
             progress=progress,
@@ -152,6 +158,27 @@ def run(
         print_json(dataclasses.asdict(report) | {"peak_memory": peak_memory()})
     else:
         show_report(console, report, peak_memory())
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """What ends a run that can go on becomes `Stopped`, with a line that says how."""
+    try:
+        yield
+    except (LowbitError, OSError, KeyboardInterrupt, SystemExit) as error:
+        kept = getattr(error, "kept", None)
+        if kept is None:
+            raise
+        reason, code = str(error), 2
+        if isinstance(error, KeyboardInterrupt):
+            reason, code = "interrupted", INTERRUPTED
+        elif isinstance(error, SystemExit):
+            reason, code = "terminated", int(error.code or 0)
+        raise Stopped(
+            f"{reason}; what is done is kept in {kept}: run the same command to continue, "
+            "add --restart to start over",
+            code,
+        ) from error
 
 
 def _scheme(bits: int | None, group_size: str, symmetric: bool, activation_bits: int | None) -> QuantScheme:

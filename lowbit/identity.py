@@ -1,0 +1,63 @@
+"""What the bytes of a result depend on: the model's files, the text, the versions of what computes.
+
+Weights are too large to be read twice. Of each tensor the entry in the header and two pieces of its bytes
+are taken, the first and the middle one: no training, merging or conversion leaves those alone. Whatever
+is small is taken whole. Names and dates of files don't count, so a model may be moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lowbit import durable
+
+PIECE = 4096  # bytes
+SHOWN = 16  # hex digits are enough to tell two models apart
+
+
+def of_model(weights: Iterable[Path], others: Iterable[Path]) -> str:
+    """Digest of a model: its safetensors files, and the files around them.
+
+    Args:
+        weights: Files that were opened before, so that their headers are sound.
+        others: Files whose every byte counts.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(weights, key=lambda path: path.name):
+        _add_weights(digest, path)
+    for path in sorted(others, key=lambda path: path.name):
+        digest.update(f"{path.name} {durable.sha256(path)}".encode())
+    return digest.hexdigest()[:SHOWN]
+
+
+def _add_weights(digest: hashlib._Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        digest.update(header)
+        entries = [entry["data_offsets"] for entry in json.loads(header).values() if "data_offsets" in entry]
+        for start, stop in sorted(entries):
+            for place in (start, (start + stop) // 2):
+                file.seek(8 + length + place)
+                digest.update(file.read(min(PIECE, stop - place)))
+
+
+def of_text(spec: str | None) -> str | None:
+    """Digest of a local file of text; None where `spec` names none."""
+    path = Path(spec) if spec else None
+    return durable.sha256(path)[:SHOWN] if path and path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: another version may round otherwise."""
+    found = {}
+    for package in ("lowbit", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout that was never installed
+            continue
+    return found
