@@ -102,6 +102,7 @@ RUNS = [
     )),
     *(run for method in ("fast", "gptq", "awq", "balanced", "high", "max") for run in both("lowbit", method)),
     *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
+    Run("lowbit", "fast", 8, symmetric=True),
 ]  # fmt: skip
 EFFORTS = ("fast", "balanced", "high", "max")
 COLUMNS = "peer | method | scheme | bits/weight | text | ppl ratio | KL | top-1 | CPU s | peak GB"
@@ -202,15 +203,19 @@ def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """lowbit itself; `folder / "made"` is its packed checkpoint."""
+    """lowbit itself; `folder / "made"` is its packed checkpoint, or a link to where it is kept."""
+    if options.keep:
+        kept = options.keep.resolve() / f"{Path(options.model).name}-{run.name.removeprefix('lowbit-')}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "made").symlink_to(kept)
     made = lowbit(
-        "quantize", options.model, "--output", folder / "made",
+        "quantize", options.model, "--output", (folder / "made").resolve(), "--overwrite",
         "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
         "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
         "--dataset", options.calibration, "--samples", options.samples, "--seq-len", options.seq_len,
         "--seed", options.seed,
     )  # fmt: skip
-    parts = [part for part in lowbit("inspect", folder / "made")["parts"] if part["quantized"]]
+    parts = [part for part in lowbit("inspect", (folder / "made").resolve())["parts"] if part["quantized"]]
     from lowbit import __version__
 
     return {
@@ -311,6 +316,7 @@ def main() -> None:
         "--only", nargs="*", default=[], help="runs such as hqq-hqq-4-asymmetric, or their beginnings"
     )
     parser.add_argument("--environments", type=Path, default=Path("peer-environments"))
+    parser.add_argument("--keep", type=Path, help="folder that keeps lowbit's own checkpoints")
     parser.add_argument("--results", type=Path, default=Path("compare_peers.jsonl"))
     parser.add_argument("--docs", type=Path, help="page that gets the table between its markers")
     options = parser.parse_args()
