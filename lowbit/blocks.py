@@ -148,33 +148,37 @@ class BlockQuantizer:
         layers: list[Layer] = []
         originals = Originals(matrices)
         stages = correction.stages(groups)
-        twins, factor = range(self._probe + 1, len(self.stream.batches)), None
+        writers = correction.find_writers(self.stream, number, self._probe, stages)
+        twins = range(self._probe + 1, len(self.stream.batches))
         for done, stage in enumerate(stages):
-            later = [matrix for after in stages[done + 1 :] for group in after for matrix in group.matrices]
-            factor = correction.added_factor(self.stream, number, self._probe, stage, later)
-            for batch in range(self._probe):
-                if factor is None:
-                    self._compare_inputs(number, batch, stage, originals)
-                    continue
-                carried = self._compare_sums(number, batch, stage[0], later, factor, originals)
-                if not later:  # nothing was silent: it is the original's own output
-                    self.stream.hidden[twins[batch]] = carried
+            if done - 1 not in writers or done in writers:  # else it was seen with the stage before
+                for batch in range(self._probe):
+                    if done not in writers:
+                        self._compare_inputs(number, batch, stage, None if writers else originals)
+                        continue
+                    carried = self._compare_sums(number, batch, stages[done:], writers[done], originals)
+                    if done + 1 == len(stages):  # nothing was silent: it is the original's own output
+                        self.stream.hidden[twins[batch]] = carried
             steps = self._probe * (done + 1) // len(stages) - self._probe * done // len(stages)
             self._tell(number, "observing", steps)
             weights, reports = self._round(number, stage)
             quantized |= weights
             layers += reports
-        if factor is not None:
+        if len(stages) - 1 in writers:
             self._tell(number, "carrying on", len(twins))
-            return quantized, layers
-        with originals:
-            self._advance(number, twins)
+        else:
+            with originals:
+                self._advance(number, twins)
         return quantized, layers
 
-    def _compare_inputs(self, number: int, batch: int, stage: Sequence[Group], originals: Originals) -> None:
-        """What matrices that read lack: their inputs, beside the original's."""
-        with originals, watch(stage) as wanted:
-            self.stream.visit(number, self._probe + 1 + batch)
+    def _compare_inputs(
+        self, number: int, batch: int, stage: Sequence[Group], originals: Originals | None
+    ) -> None:
+        """What matrices that read lack: their inputs, beside the original's; None: only their moments."""
+        wanted: dict[Matrix, Tensor] = {}
+        if originals is not None:
+            with originals, watch(stage) as wanted:
+                self.stream.visit(number, self._probe + 1 + batch)
         with watch(stage) as seen:
             self.stream.visit(number, batch)
         for group in stage:
@@ -183,21 +187,21 @@ class BlockQuantizer:
                 group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
 
     def _compare_sums(
-        self,
-        number: int,
-        batch: int,
-        group: Group,
-        later: Sequence[Matrix],
-        factor: float,
-        originals: Originals,
+        self, number: int, batch: int, stages: Sequence[Sequence[Group]], factor: float, originals: Originals
     ) -> Tensor:
-        """What a matrix that writes lacks: the sum behind it, beside the original's, which is returned."""
-        matrix = group.matrices[0]
+        """What the first of `stages`, which writes, lacks: the sum behind it, beside the original's.
+
+        The stage after it is observed on the way. Returns the original's sum.
+        """
         with originals:
-            _, wanted = correction.sum_behind(self.stream, number, self._probe + 1 + batch, matrix, later)
-        x, found = correction.sum_behind(self.stream, number, batch, matrix, later)
+            _, wanted = correction.sum_behind(self.stream, number, self._probe + 1 + batch, stages)
+        seen, found = correction.sum_behind(self.stream, number, batch, stages)
+        group = stages[0][0]
         lacking = (wanted.float() - found.float()).flatten(0, -2) / factor
-        group.lacks(x, lacking, batch == self._probe - 1)
+        group.lacks(seen[group.matrices[0]], lacking, batch == self._probe - 1)
+        for other in (group for stage in stages[1:2] for group in stage):
+            if other.matrices[0] in seen:
+                other.moment.add(seen[other.matrices[0]])
         return wanted
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:

@@ -3,11 +3,13 @@
 Two streams of activations run side by side, the quantized model's and the original's. Before a matrix is
 rounded, both run on the same tokens, and the difference is what the matrix lacks:
 
-- A matrix that *reads* (q/k/v, gate/up, an expert) lacks `W (X - x)`, X and x being its inputs.
-- A matrix that *writes*, whose output is added to what the block carries on, can mend that too. With
-  everything behind it silent, the block's output is the sum of what was carried and what the matrix
-  gives; the difference of the two sums is `W (X - x) + (R - r)`, R and r being what was carried. Without
-  the second term an error, once it is carried on, stays to the end of the model.
+- A matrix that *writes*, whose output is added to what the block carries on, can mend all that is wrong
+  there. With everything behind it silent, the block's output is the sum of what was carried and what the
+  matrix gives; the difference of the two sums is `W (X - x) + (R - r)`, X and x being its inputs and R
+  and r what was carried.
+- A matrix that *reads* (q/k/v, gate/up, an expert) lacks `W (X - x)`. Where the block has matrices that
+  write, correcting those that read as well gains nothing (docs/LOG.md), so they are only observed, and
+  the ones behind a writer in the same pass as the writer.
 
 Whether a matrix writes is found by trying: its output is replaced by random numbers, and it writes if
 the block's output moves by a multiple of exactly those. So residual multipliers need no special case,
@@ -50,21 +52,23 @@ class Originals:
 
 
 class Silence(TorchFunctionMode):
-    """While active, products with `later` give zeros, and what `matrix` reads is kept.
+    """While active, products with `silent` matrices give zeros, and what any of `matrices` reads is kept.
 
     Attributes:
-        x: The last input of `matrix`, `[..., in]`; None if it had none.
-        replace: Puts another output in place of the one of `matrix`.
+        seen: The last input of each matrix, `[..., in]`; those that had none are left out.
     """
 
     def __init__(
-        self, matrix: Matrix, later: Sequence[Matrix], replace: Callable[[Tensor], Tensor] | None = None
+        self,
+        matrices: Sequence[Matrix],
+        silent: Sequence[Matrix],
+        replace: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """Where `replace` is given, it puts another output in place of that of the first matrix."""
         super().__init__()
-        self.x: Tensor | None = None
-        self.replace = replace
-        self._address = matrix.stored.data_ptr()
-        self._silent = {other.stored.data_ptr() for other in later}
+        self.seen: dict[Matrix, Tensor] = {}
+        self._matrix_at = {matrix.stored.data_ptr(): matrix for matrix in (*matrices, *silent)}
+        self._first, self._silent, self._replace = matrices[0], set(silent), replace
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -75,15 +79,13 @@ class Silence(TorchFunctionMode):
             x, weight, out = args[1], args[2], 1
         else:
             return func(*args, **(kwargs or {}))
-        address = weight.data_ptr()
-        if address in self._silent:
+        matrix = self._matrix_at.get(weight.data_ptr())
+        if matrix is not None:
+            self.seen[matrix] = x.detach()
+        if matrix in self._silent:
             return x.new_zeros(*x.shape[:-1], weight.shape[out])
         result = func(*args, **(kwargs or {}))
-        if address == self._address:
-            self.x = x.detach()
-            if self.replace is not None:
-                result = self.replace(result)
-        return result
+        return self._replace(result) if self._replace and matrix is self._first else result
 
 
 def stages(groups: Sequence[Group]) -> list[list[Group]]:
@@ -94,46 +96,58 @@ def stages(groups: Sequence[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
-def added_factor(
-    stream: Stream, block: int, batch: int, stage: Sequence[Group], later: Sequence[Matrix]
-) -> float | None:
-    """By what factor the block adds the output of a stage to what it carries on; None if it doesn't.
+def find_writers(
+    stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]]
+) -> dict[int, float]:
+    """Stages whose output the block adds to what it carries on, by number, and the factor that it uses.
 
     Args:
         stream: Drives the block.
         block: Its number.
         batch: A short batch to try on.
-        stage: Only a stage of a single matrix can write.
-        later: The matrices of all stages after it.
+        stages: In order of use; only a stage of a single matrix can write.
     """
-    if len(stage) != 1 or len(stage[0].matrices) != 1:
-        return None
-    matrix = stage[0].matrices[0]
-    with Silence(matrix, later, torch.zeros_like):
-        carried = stream.run(block, batch).float().flatten(0, -2)
-    if matrix.shape[0] != carried.shape[1]:
-        return None
-    noise = torch.randn(carried.shape, generator=torch.Generator().manual_seed(0)).to(carried.device)
-    noise *= carried.square().mean(1, keepdim=True).sqrt()
-
-    def put(output: Tensor) -> Tensor:
-        nonlocal noise
-        replaced = noise.to(output.dtype)
-        noise = replaced.float()
-        return replaced.view_as(output)
-
-    with Silence(matrix, later, put):
-        moved = stream.run(block, batch).float().flatten(0, -2) - carried
-    factor = float((moved * noise).sum() / noise.square().sum().clamp(min=1e-30))
-    left = float((moved - factor * noise).square().sum())
-    return factor if left < TOLERANCE * float(moved.square().sum()) else None
+    found = {}
+    for number, stage in enumerate(stages):
+        if len(stage) == 1 and len(stage[0].matrices) == 1:
+            factor = _added_factor(
+                stream, block, batch, stage[0].matrices[0], _matrices(stages[number + 1 :])
+            )
+            if factor is not None:
+                found[number] = factor
+    return found
 
 
 def sum_behind(
-    stream: Stream, block: int, batch: int, matrix: Matrix, later: Sequence[Matrix]
-) -> tuple[Tensor, Tensor]:
-    """What a writing matrix reads, `[..., in]`, and what is carried on behind it, `[..., hidden]`."""
-    with Silence(matrix, later) as silence:
+    stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]]
+) -> tuple[dict[Matrix, Tensor], Tensor]:
+    """Run a block with all but the first of `stages`, and those before it, silent.
+
+    Returns:
+        What each of their matrices reads, `[..., in]`, and the block's output, `[..., hidden]`.
+    """
+    with Silence(_matrices(stages[:1]), _matrices(stages[1:])) as silence:
         carried = stream.run(block, batch)
-    assert silence.x is not None, "a matrix that writes was seen in use"
-    return silence.x, carried
+    return silence.seen, carried
+
+
+def _matrices(stages: Sequence[Sequence[Group]]) -> list[Matrix]:
+    return [matrix for stage in stages for group in stage for matrix in group.matrices]
+
+
+def _added_factor(
+    stream: Stream, block: int, batch: int, matrix: Matrix, later: Sequence[Matrix]
+) -> float | None:
+    with Silence([matrix], later, torch.zeros_like):
+        silent = stream.run(block, batch).flatten(0, -2)
+    carried = silent.float()
+    if matrix.shape[0] != carried.shape[1]:
+        return None
+    noise = torch.randn(carried.shape, generator=torch.Generator().manual_seed(0)).to(carried.device)
+    noise = (noise * carried.square().mean(1, keepdim=True).sqrt()).to(silent.dtype)
+    with Silence([matrix], later, noise.view_as):
+        moved = stream.run(block, batch).float().flatten(0, -2) - carried
+    put = noise.float()
+    factor = float((moved * put).sum() / put.square().sum().clamp(min=1e-30))
+    left = float((moved - factor * put).square().sum())
+    return factor if left < TOLERANCE * float(moved.square().sum()) else None

@@ -174,28 +174,14 @@ def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
     """Run a peer; `folder / "made"` becomes its dequantized model."""
     home = (options.environments / run.peer).resolve()
     script = [environment(run.peer, home), HERE / "peers" / PEERS[run.peer].script]
-    method = [
-        "--method",
-        run.method,
-        "--bits",
-        run.bits,
-        "--symmetric" if run.symmetric else "--no-symmetric",
-    ]
+    symmetry = "--symmetric" if run.symmetric else "--no-symmetric"
+    method = ["--method", run.method, "--bits", run.bits, symmetry]
     group_size = run.group_size or options.group_size
     warmed = home / f".warm-{run.method}-{run.bits}"
     if not warmed.exists():
         tiny = save_tiny(Path(options.model), folder)
-        last_json(
-            [
-                *script,
-                tiny,
-                folder / "warm",
-                folder / "tiny.npy",
-                *method,
-                "--group-size",
-                min(group_size, 64),
-            ]
-        )
+        small = ["--group-size", min(group_size, 64)]
+        last_json([*script, tiny, folder / "warm", folder / "tiny.npy", *method, *small])
         warmed.touch()
     tokens = folder / "tokens.npy"
     save_tokens(options, tokens)
