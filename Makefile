@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-static clean
+.PHONY: help demo test test-slow lint docs bench bench-static clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -34,6 +34,9 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED) ## Build the documentation's site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 bench: demo-output/source/config.json ## Compare the methods (ARGS="..." for scripts/compare_methods.py)
 	$(BIN)/python scripts/compare_methods.py $(ARGS)
 
@@ -44,7 +47,7 @@ demo-output/source/config.json:
 	$(MAKE) demo
 
 clean: ## Remove environments, caches and everything that was built
-	rm -rf $(VENV) .venv-stock demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-stock demo-output site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find lowbit triton_kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-dev.lock pyproject.toml

@@ -48,7 +48,10 @@ def trim() -> None:
     Every block that is quantized leaves holes in the heap that the next one does not quite fit into:
     a third of a gigabyte over the 24 blocks of a 0.5 B model, more on a deeper one.
     """
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except TypeError:  # on Windows, which has no handle for what is loaded already
+        return
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
 

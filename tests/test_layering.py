@@ -145,7 +145,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 PYTHON_FILES = [
     path
-    for folder in ("lowbit", "triton_kernels", "scripts", "tests")
+    for folder in ("lowbit", "triton_kernels", "scripts", "examples", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
