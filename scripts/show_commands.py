@@ -100,14 +100,14 @@ def shown(text: str, folder: Path) -> str:
     """An output as the page shows it: without this machine's paths, and not too long."""
     text = text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
     lines = [line.rstrip() for line in text.strip("\n").splitlines()]
-    lines = [line for line in lines if not re.fullmatch(r"\s*\d+/\d+ .*", line)]
+    lines = [line for line in lines if not re.fullmatch(r"\S+ \d+/\d+  .*", line)]  # a bar in a terminal
     if len(lines) > LONGEST:
         lines = [*lines[:LONGEST], f"... and {len(lines) - LONGEST} lines more"]
     return "\n".join(lines)
 
 
-def section(title: str, about: str, outputs: list[tuple[str, str]]) -> str:
-    blocks = [f"```console\n$ {command}\n{output}\n```" for command, output in outputs]
+def section(title: str, about: str, outputs: list[tuple[str, str]], language: str = "console") -> str:
+    blocks = [f"```{language}\n$ {command}\n{output}\n```" for command, output in outputs]
     return "\n\n".join([f"## {title}", *([about] if about else []), *blocks])
 
 
@@ -135,7 +135,7 @@ def main() -> None:
         version = run("lowbit --version", options.lowbit.absolute(), folder, (0,)).strip()
         parts = [section(title, about, outputs(commands, 0)) for title, about, commands in STEPS]
         wrong = "One line on stderr that names the value and the fix, exit code 2, nothing written."
-        parts.append(section("When something is wrong", wrong, outputs(MISTAKES, 2)))
+        parts.append(section("When something is wrong", wrong, outputs(MISTAKES, 2), "text"))
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / "compare.html", options.keep)
