@@ -32,8 +32,9 @@ def find_batches(
     seed: int,
     progress: Progress,
     training_samples: int = 0,
+    at_once: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The data of a run.
+    """The data of a run, in batches of `at_once` tokens; where that is None, memory is not limited.
 
     Returns:
         Calibration batches, then one short text that serves to verify the result; and rows for
@@ -59,6 +60,8 @@ def find_batches(
             tokens = _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
             spec = DEFAULT_DATASET
         except LowbitError:
+            if at_once is not None:
+                raise
             report.notes.append(
                 f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"
             )
@@ -78,8 +81,8 @@ def find_batches(
     rounding = tokens[: wanted if calibrated else 0]
     report.calibration = f"{spec}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {seed}"
     # Eight batches or more where that can be had: one of them is held out by a method that corrects.
-    at_once = max(1, min(TOKENS_PER_BATCH // seq_len, len(rounding) // 8))
-    batches = [*rounding.split(at_once), probe] if calibrated else [probe]
+    per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // 8))
+    batches = [*rounding.split(per_batch), probe] if calibrated else [probe]
     if not training_samples:
         return batches, None
     training = tokens[len(rounding) :]

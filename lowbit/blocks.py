@@ -67,6 +67,7 @@ class BlockQuantizer:
         device: Where blocks are loaded.
         progress: Told about every batch and matrix.
         start: Number of the first block; those before it are done, and the stream is beyond them.
+        rows: How many rows of a matrix are rounded at once; None: all.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class BlockQuantizer:
         device: torch.device,
         progress: Progress,
         start: int = 0,
+        rows: int | None = None,
     ) -> None:
         self.source, self.plan, self.stream, self.method = source, plan, stream, method
         self.scale_dtype, self.device = scale_dtype, device
-        self._progress = progress
+        self._progress, self._rows = progress, rows
         self._rounds_inputs = plan.scheme.activation_bits is not None
         self._calibrated, self._corrected = ALGORITHMS[method].NEEDS_HESSIAN, method in CORRECTIONS
         self._probe = len(stream.batches) // 2 if self._corrected else len(stream.batches) - 1
@@ -96,7 +98,7 @@ class BlockQuantizer:
             self.source.load(self.source.keys_under([self._path(number)]), self.device)
             yield self._quantize(number)
             free(self.plan.blocks[number])
-            pages.trim()
+            self.source.rest()
 
     def _path(self, number: int) -> str:
         return f"{self.plan.path}.{number}"
@@ -275,9 +277,13 @@ class BlockQuantizer:
         if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
             stacked, _ = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
         scheme = self.plan.scheme_of(members[0].module_name)
-        weight, note = ALGORITHMS[self.method].quantize_weight(stacked, hessian, scheme, self.scale_dtype)
-        sizes = [matrix.shape[0] for matrix in members]
-        errors = _relative_errors(stacked, weight, hessian, sizes)
+        quantize, sizes = ALGORITHMS[self.method].quantize_weight, [matrix.shape[0] for matrix in members]
+        at_once = stacked.split(self._rows or len(stacked))
+        done, notes = zip(
+            *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
+        )
+        weight, note = QuantizedWeight.stack_rows(done), notes[0]
+        errors = _relative_errors(stacked, weight, hessian, sizes, self._rows)
         for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
             yield matrix, part, Layer(matrix.module_name, matrix.shape, str(scheme), error, note)
 
@@ -292,17 +298,22 @@ class BlockQuantizer:
 
 
 def _relative_errors(
-    original: Tensor, weight: QuantizedWeight, hessian: Tensor | None, sizes: Sequence[int]
+    original: Tensor,
+    weight: QuantizedWeight,
+    hessian: Tensor | None,
+    sizes: Sequence[int],
+    at_once: int | None = None,
 ) -> list[float]:
     """`tr(D H D^T) / tr(W H W^T)` of each part, D the error of the weight; H = I without data."""
-    difference = original - weight.dequantize()
-    if hessian is None or not torch.isfinite(hessian).all() or not hessian.any():
-        lost, whole = difference.square().sum(1), original.square().sum(1)
-    else:
-        with bfloat16_products():  # a report needs three digits, not seven
-            lost = (difference @ hessian).mul_(difference).sum(1)
-            whole = (original @ hessian).mul_(original).sum(1)
-    pairs = zip(lost.split(list(sizes)), whole.split(list(sizes)), strict=True)
+    parts = original.split(at_once or len(original))
+    blind = hessian is None or not bool(torch.isfinite(hessian).all()) or not bool(hessian.any())
+    lost: list[Tensor] = []
+    whole: list[Tensor] = []
+    for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):
+        for found, value in ((lost, part - rounded.dequantize()), (whole, part)):
+            with bfloat16_products():  # a report needs three digits, not seven
+                found.append((value if hessian is None or blind else value @ hessian).mul(value).sum(1))
+    pairs = zip(torch.cat(lost).split(list(sizes)), torch.cat(whole).split(list(sizes)), strict=True)
     return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in pairs]
 
 

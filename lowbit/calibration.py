@@ -39,9 +39,11 @@ class Moment:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, in_features, device=device)
         self.tokens = 0
+        self._is_mean = False
 
     def add(self, x: Tensor) -> None:
-        """Take in activations `[..., in]` of any float dtype."""
+        """Take in activations `[..., in]` of any float dtype; not after `mean`."""
+        assert not self._is_mean
         rows = x.detach().reshape(-1, x.shape[-1])
         self.tokens += len(rows)
         exact = rows.dtype == torch.bfloat16
@@ -52,9 +54,16 @@ class Moment:
                 self.total[start : start + TILE, start:].addmm_(tile.T, rows[:, start:])
 
     def mean(self) -> Tensor:
-        """The Hessian, float32 `[in, in]`, symmetric; zeros if no token was seen."""
-        hessian = self.total.triu().div_(max(self.tokens, 1))
-        return hessian.add_(hessian.triu(1).T)
+        """The Hessian, float32 `[in, in]`, symmetric; zeros if no token was seen. Made in place."""
+        if not self._is_mean:
+            self._is_mean = True
+            self.total.div_(max(self.tokens, 1))
+            for start in range(0, len(self.total), TILE):
+                stop = start + TILE
+                square = self.total[start:stop, start:stop]
+                square.copy_(square.triu() + square.triu(1).T)
+                self.total[stop:, start:stop] = self.total[start:stop, stop:].T
+        return self.total
 
     def rescale(self, scales: Tensor) -> None:
         """Follow a fold that divides the input by `scales [in]`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own.
+    """The tensors of a file, in memory of their own."""
+    return dict(each_tensor(path))
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, one after the other.
 
     Memory of torch's own starts where a vector does; in a mapped file tensors start anywhere, and a
     kernel that minds would round a sum otherwise.
     """
     with safe_open(path, framework="pt") as opened:
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        for name in opened.keys():  # noqa: SIM118
+            yield name, opened.get_tensor(name).clone()
 
 
 def sha256(path: Path, size: int | None = None) -> str:

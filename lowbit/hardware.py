@@ -56,6 +56,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def used_memory() -> int:
+    """Resident size of this process now, in bytes."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Let the CPU multiply float32 matrices on its bfloat16 units, summing in float32.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 _MAPS = Path("/proc/self/smaps")
 _DONT_NEED = 4
+_MMAP_THRESHOLD = -3
 
 
 def release(tensors: Iterable[Tensor]) -> int:
@@ -42,6 +43,13 @@ def release(tensors: Iterable[Tensor]) -> int:
     return released
 
 
+def forget(tensor: Tensor) -> None:
+    """Let the pages go of a tensor that begins a shared mapping of a file of its own."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "madvise") and tensor.nbytes:
+        library.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), _DONT_NEED)
+
+
 def trim() -> None:
     """Give back what the C library keeps of freed memory, where it is glibc.
 
@@ -54,6 +62,17 @@ def trim() -> None:
         return
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def return_large() -> None:
+    """From now on, memory of a megabyte and more goes back to the system when it is freed, where it is glibc.
+
+    Without this it is kept for the next tensor, in holes that may not fit; the price is that new pages are
+    cleared each time.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _untouched_files() -> list[tuple[int, int]]:

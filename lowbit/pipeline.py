@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity
+from lowbit import beside, checkpoint, identity, pages
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.batches import find_batches
 from lowbit.blocks import Progress
+from lowbit.budget import Budget, find_budget
 from lowbit.effort import EFFORTS, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
-from lowbit.hardware import find_device, find_dtype
+from lowbit.hardware import find_device, find_dtype, used_memory
 from lowbit.plan import Plan, make_plan
 from lowbit.quiet import quiet
 from lowbit.results import Report
@@ -55,6 +56,7 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    max_memory: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify_output: bool = True,
@@ -85,6 +87,8 @@ def quantize(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: Working precision: `auto`, `float32`, `bfloat16`.
         max_shard_size: Size of a safetensors shard.
+        max_memory: How much the process may have resident (`8GB`); refused, with the smallest value that
+            would do, where that can't be kept.
         overwrite: Replace an existing checkpoint.
         restart: Discard what an interrupted run left beside `output`, in place of going on from it.
         verify_output: Read the result back and compare it before it gets its name.
@@ -111,39 +115,43 @@ def quantize(
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
         checkpoint.check_target(target, _name(model), overwrite)
-        folder = _find(model, tokenizer, work.folder)
-        opened = Source(folder, find_dtype(dtype, where))
+        opened = Source(_find(model, tokenizer, work.folder), find_dtype(dtype, where))
         plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group or scheme is None, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-        work.check(_inputs(opened, where, effort=effort, method=method, scheme=str(plan.scheme),
-                           format=format, dataset=dataset, samples=samples, seq_len=seq_len, seed=seed,
-                           skip=list(skip), head_bits=head_bits, max_shard_size=shard_bytes,
-                           schemes={at: str(other) for at, other in (schemes or {}).items()}))  # fmt: skip
+        work.check(_inputs(opened, where, schemes or {}, effort=effort, method=method, format=format,
+                           scheme=str(plan.scheme), dataset=dataset, samples=samples, seq_len=seq_len,
+                           seed=seed, skip=skip, head_bits=head_bits, max_shard_size=shard_bytes,
+                           max_memory=max_memory))  # fmt: skip
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
         else:
             checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
-        batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial)
-        road = Road(opened, plan, fmt, report, where, told, work)
+        budget = _budget(max_memory, opened, plan, method, dataset, samples, seq_len, dial)
+        batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
+        road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
         if rows is not None:
             road.refine(rows, dial.epochs, shard_bytes, batches[-1])
         if verify_output:
             road.verify(batches[-1])
         report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
-        beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by)
+        beside.after_quantize(work.checkpoint, report, _name(model), opened.folder, quantized_by)
         work.commit({"report": report.to_json()}, {})
         checkpoint.put_in_place(work.checkpoint, target)
     return report
 
 
-def _inputs(opened: Source, device: torch.device, **options: Any) -> dict[str, Any]:
+def _inputs(
+    opened: Source, device: torch.device, schemes: Mapping[str, QuantScheme], **options: Any
+) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     around = [opened.folder / "config.json", *sources.sidecars(opened.folder)]
     return {
         **options,
+        "skip": list(options["skip"]),
+        "schemes": {at: str(scheme) for at, scheme in schemes.items()},
         "model": identity.of_model(opened.files, around),
         "text": identity.of_text(options["dataset"]),
         "dtype": str(opened.dtype),
@@ -162,6 +170,7 @@ def _data(
     seed: int,
     told: Progress,
     dial: Effort,
+    budget: Budget,
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found."""
     kept = work.load("data")
@@ -170,7 +179,16 @@ def _data(
         return [kept[name] for name in sorted(kept)], rows
     started = time.monotonic()
     batches, rows = find_batches(
-        opened, report, report.method, dataset, samples, seq_len, seed, told, dial.training * samples
+        opened,
+        report,
+        report.method,
+        dataset,
+        samples,
+        seq_len,
+        seed,
+        told,
+        dial.training * samples,
+        budget.tokens,
     )
     report.end_stage("calibration data", time.monotonic() - started)
     found = {f"{number:06}": batch for number, batch in enumerate(batches)}
@@ -195,6 +213,28 @@ def _choose(effort: str, method: str | None, format: str, scheme: QuantScheme | 
     if format not in FORMATS:
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
     return dial, method
+
+
+def _budget(
+    max_memory: str | None,
+    source: Source,
+    plan: Plan,
+    method: str,
+    dataset: str | None,
+    samples: int,
+    seq_len: int,
+    dial: Effort,
+) -> Budget:
+    """The plan that keeps to `max_memory`; what holds a whole model in memory is refused."""
+    if max_memory is None:
+        return Budget()
+    limit = checkpoint.parse_size(max_memory)
+    if dial.training:
+        raise LowbitError("--max-memory: training holds the whole model in memory: use --effort balanced")
+    if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
+        raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
+    pages.return_large()
+    return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
 
 
 def _name(model: str | Path | PreTrainedModel) -> str:

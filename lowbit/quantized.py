@@ -52,6 +52,14 @@ class QuantizedWeight:
         """The weight that a loader sees, `[out, in]`: the exact product, rounded once to `dtype`."""
         return grid.dequantize(self.codes, self.scales, self.zeros, self.scheme).to(dtype)
 
+    @classmethod
+    def stack_rows(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The inverse of `split_rows`: parts of one scheme, one above the other."""
+        codes, scales, zeros = (
+            torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros")
+        )
+        return cls(codes, scales, zeros, parts[0].scheme)
+
     def split_rows(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Cut along the output dimension, as a fused gate/up matrix is cut into its two halves."""
         parts = zip(

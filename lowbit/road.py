@@ -21,6 +21,8 @@ from lowbit import checkpoint, durable, hf
 from lowbit import source as sources
 from lowbit.algorithms import CORRECTIONS, rtn
 from lowbit.blocks import BlockQuantizer, Progress, fingerprint
+from lowbit.budget import Budget
+from lowbit.carried import Carried
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
@@ -47,10 +49,11 @@ class Road:
         device: torch.device,
         progress: Progress,
         work: Work,
+        budget: Budget | None = None,
     ) -> None:
         self.source, self.plan, self.fmt, self.report = source, plan, fmt, report
         self.device, self.progress, self.work = device, progress, work
-        facts = work.facts
+        self.budget, facts = budget or Budget(), work.facts
         plan.skipped.update(facts.get("skipped", {}))
         self.schemes = {name: QuantScheme(**scheme) for name, scheme in facts.get("schemes", {}).items()}
         self.shapes: dict[str, tuple[int, int]] = dict(facts.get("shapes", {}))
@@ -80,18 +83,22 @@ class Road:
         outside = source.keys_outside([plan.path])
         head_keys = source.keys_under([head])
         source.load([key for key in outside if key not in head_keys], self.device)
+        source.rest()
         twins = batches[:-1] if self.report.method in CORRECTIONS else []  # see BlockQuantizer
         on_device = [batch.to(self.device) for batch in (*batches, *twins)]
-        stream = Stream(source.model, plan.blocks, on_device)
+        carried = Carried(len(on_device), self.budget.carried, self.work.folder)
+        stream = Stream(source.model, plan.blocks, on_device, carried)
         writer = CheckpointWriter(self.work.checkpoint, shard_bytes, facts.get("shards", []))
         if done:
-            stream.hidden = [tensor.to(self.device) for tensor in self.work.load("carried").values()]
+            for number, kept in enumerate(self.work.each("carried")):
+                carried[number] = kept.to(self.device)
             stream.extra_outputs = facts["extra_outputs"]
         else:
             self._copy_outside(writer, [key for key in outside if key not in head_keys])
         blocks = BlockQuantizer(
-            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress, done
-        )
+            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress, done,
+            self.budget.rows,
+        )  # fmt: skip
         for number, block in enumerate(blocks, start=done + 1):
             for name, weight in block.weights.items():
                 self._pack(writer, name, weight)
@@ -112,9 +119,8 @@ class Road:
         checkpoint.drop_parts(writer.folder)
 
     def _commit_block(self, done: int, writer: CheckpointWriter, stream: Stream) -> None:
-        hidden = {f"{number:06}": tensor for number, tensor in enumerate(stream.hidden) if tensor is not None}
         facts = {"blocks": done, "shards": writer.mark(), "extra_outputs": stream.extra_outputs}
-        self._commit(facts, {"carried": hidden})
+        self._commit(facts, {"carried": stream.hidden.named()})
         writer.tidy()
 
     def _copy_outside(self, writer: CheckpointWriter, keys: Sequence[str]) -> None:

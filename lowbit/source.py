@@ -38,7 +38,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lowbit import origin
+from lowbit import origin, pages
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 
@@ -261,6 +261,11 @@ class Source:
             # aminmax passes NaN on, and needs no copy of an embedding of a gigabyte.
             if weight.is_floating_point() and not all(map(torch.isfinite, weight.aminmax())):
                 raise LowbitError(f"{self.folder}: {name} holds NaN or infinite weights: get a sound copy")
+
+    def rest(self) -> None:
+        """Give back the memory of mapped weights that wait to be read again, and of temporaries."""
+        pages.release(p.data for p in self.model.parameters() if not p.is_meta)
+        pages.trim()
 
     def release(self) -> None:
         """Let all weights go."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowbit.carried import Carried
+
 
 class Stop(Exception):
     """Raised inside the model's forward once everything of interest has run."""
@@ -31,11 +33,17 @@ class Stream:
         extra_outputs: How many values a block returns beside its activations; -1: a bare tensor.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        batches: Sequence[Tensor],
+        carried: Carried | None = None,
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.batches = list(batches)
-        self.hidden: list[Tensor | None] = [None] * len(self.batches)
+        self.hidden = carried or Carried(len(self.batches))
         self.extra_outputs = 0
 
     def run(self, block: int, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import hf, pages
+from lowbit import hf
 from lowbit.blocks import fingerprint
 from lowbit.formats import int_quantized
 from lowbit.plan import head_name
@@ -94,7 +94,7 @@ def _read(written: Written, ids: Tensor, fingerprints: Mapping[str, bytes]) -> T
         for _ in stream.advance(number):
             pass
         free(block)
-        pages.trim()
+        written.rest()
     written.bring(head_keys, [head])
     _compare(model, known, "", written.folder)
     return stream.logits(0).float()

@@ -121,6 +121,12 @@ class Work:
         durable.write_json(self.folder / "state.json", self._state)
         self.tidy()
 
+    def each(self, group: str) -> Iterator[Tensor]:
+        """The tensors of a group, one at a time in memory."""
+        entry = self._state.get("tensors", {}).get(group)
+        if entry:
+            yield from (tensor for _, tensor in durable.each_tensor(self.folder / entry["file"]))
+
     def load(self, group: str) -> dict[str, Tensor]:
         """The tensors of a group; none where it was not committed."""
         entry = self._state.get("tensors", {}).get(group)

@@ -106,7 +106,7 @@ def test_running_leaves_the_model_as_it_was(tiny_model: Folders) -> None:
     source.load(source.keys_outside([path]) + source.keys_under([path]), CPU)
     stream = Stream(source.model, blocks, token_batches())
     first = stream.run(0, 0)
-    assert stream.hidden == [None, None]
+    assert list(stream.hidden) == [None, None]
     assert torch.equal(stream.run(0, 0), first)
     assert all("forward" not in vars(block) for block in blocks)
 

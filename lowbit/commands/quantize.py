@@ -109,6 +109,12 @@ def run(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Working precision: auto, bfloat16 or float32.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors shard.")] = "5GB",
+    max_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Memory that the process may take, such as 8GB; kept or refused.", show_default=False
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard what an interrupted run left, and start over.")
@@ -148,6 +154,7 @@ def run(
             device=device,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            max_memory=max_memory,
             overwrite=overwrite,
             restart=restart,
             verify_output=verify,
