@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import correction, pages, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
-from lowbit.calibration import Group, RoundedInputs, find_groups, observe, watch
+from lowbit.calibration import STARVED, Group, RoundedInputs, find_groups, observe, watch
 from lowbit.correction import Originals
 from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan, align
@@ -282,7 +282,8 @@ class BlockQuantizer:
         done, notes = zip(
             *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
         )
-        weight, note = QuantizedWeight.stack_rows(done), notes[0]
+        weight = QuantizedWeight.stack_rows(done)
+        note = notes[0] or (STARVED if group.is_starved() else "")
         errors = _relative_errors(stacked, weight, hessian, sizes, self._rows)
         for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
             yield matrix, part, Layer(matrix.module_name, matrix.shape, str(scheme), error, note)

@@ -25,6 +25,7 @@ from lowbit.hardware import bfloat16_products
 from lowbit.stream import Stop
 from lowbit.topology import Matrix
 
+STARVED = "experts that saw fewer calibration tokens than they have inputs: take more --samples"
 TILE = 1024  # columns per product: only tiles on and right of the diagonal are computed
 
 
@@ -200,6 +201,11 @@ class Group:
         if self.drift is None:
             self.drift = Drift(gap.shape[-1], x.shape[-1], x.device, of_outputs=True)
         self.drift.add(x, gap, held_out)
+
+    def is_starved(self) -> bool:
+        """Were there some tokens, but too few to tell an expert's inputs apart?"""
+        first = self.matrices[0]
+        return first.kind == "Expert" and 0 < self.moment.tokens < first.shape[1]
 
     def reads(self, x: Tensor) -> bool:
         """Is `x` the tensor of this group? Holding it until `release` keeps its address its own."""

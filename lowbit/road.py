@@ -178,7 +178,8 @@ class Road:
         report.skipped = plan.skipped
         report.output_bytes = writer.total_size
         report.notes += [
-            f"{key} is not used by the architecture: copied as it is" for key in source.extra_keys
+            f"{part}.* ({count} tensors) is not used by the architecture: copied as it is"
+            for part, count in source.extra_parts().items()
         ]
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]

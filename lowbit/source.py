@@ -211,6 +211,23 @@ class Source:
         inside = set(self.keys_under(prefixes))
         return [key for key in self._parameter_of if key not in inside]
 
+    def extra_parts(self) -> dict[str, int]:
+        """How many of `extra_keys` each part of the checkpoint has that no other key is in.
+
+        A draft layer beside the others is `model.layers.61`, a vision tower `visual`.
+        """
+        known = {
+            ".".join(parts[:end])
+            for parts in (key.split(".") for key in self._parameter_of)
+            for end in range(len(parts))
+        }
+        counts: dict[str, int] = {}
+        for parts in (key.split(".") for key in self.extra_keys):
+            prefixes = (".".join(parts[: end + 1]) for end in range(len(parts)))
+            part = next((prefix for prefix in prefixes if prefix not in known), ".".join(parts))
+            counts[part] = counts.get(part, 0) + 1
+        return counts
+
     def parameter_of(self, key: str) -> str:
         """Name in the model of a key on disk (the first, where one tensor feeds several)."""
         return self._parameter_of[key]

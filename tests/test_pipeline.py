@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit import QuantScheme, hf
 from lowbit.algorithms import REWRITES, awq
+from lowbit.calibration import STARVED
 from lowbit.dataset import evaluation_windows
 from lowbit.evaluate import compare
 from lowbit.results import Report
@@ -187,7 +188,12 @@ def test_an_expert_that_no_token_reached_is_noted_and_in_its_place(
     fallen = [layer for layer in report.layers if layer.note]
     assert fallen
     assert all("experts" in layer.name for layer in fallen)
-    assert [note for note in report.notes if note.startswith(f"{len(fallen)} layers: ")]
+    unseen = [layer for layer in fallen if layer.note != STARVED]
+    assert unseen
+    assert [note for note in report.notes if note.startswith(f"{len(unseen)} layers: no calibration token")]
+    assert f"{len(fallen) - len(unseen)} layers: {STARVED}" in report.notes  # 16 tokens, 64 inputs
+    enough = quantize(folder, method="gptq", samples=8, seq_len=48, output=tmp_path / "enough")
+    assert not [layer for layer in enough.layers if layer.note == STARVED]
 
 
 # --- a model in memory

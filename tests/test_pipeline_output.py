@@ -196,14 +196,20 @@ def test_tensors_that_the_architecture_does_not_use_are_copied(
     quantize: Callable[..., Report], tiny_model: Folders, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
-    extra = {"mtp.head.weight": torch.randn(4, 4), "mtp.table": torch.arange(5)}
+    extra = {
+        "mtp.head.weight": torch.randn(4, 4),
+        "mtp.table": torch.arange(5),
+        "model.layers.3.eh_proj.weight": torch.randn(4, 4),  # a draft layer beside the three
+        "visual.blocks.0.weight": torch.randn(4, 4),
+    }
     save_file(tensors_of(folder) | extra, folder / "model.safetensors", {"format": "pt"})
     report = quantize(folder)
     after = tensors_of(report.output)
     for key, tensor in extra.items():
         assert torch.equal(after[key], tensor)
         assert after[key].dtype == tensor.dtype
-        assert f"{key} is not used by the architecture: copied as it is" in report.notes
+    for part in ("mtp.* (2 tensors)", "model.layers.3.* (1 tensors)", "visual.* (1 tensors)"):
+        assert f"{part} is not used by the architecture: copied as it is" in report.notes
 
 
 def test_names_without_the_prefix_of_the_model(
