@@ -10,24 +10,28 @@ INSTALLED := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# The second environment of the slow tests (no lowbit in it), kept between runs.
+# Environments without lowbit in them, kept between runs: transformers alone; vLLM and llama.cpp.
 export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock
+export LOWBIT_ENGINES_VENV ?= $(CURDIR)/.venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench bench-static clean
+.PHONY: help demo test test-slow test-engines lint docs bench bench-static clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO_MODEL) ## Quantize a small model, load it back, and compare (ARGS="..." for scripts/demo.py)
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(INSTALLED) ## Run the fast tests (ARGS="..." for pytest)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not engines" $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests: checkpoints in an environment without lowbit
 	$(PYTEST) -m slow $(ARGS)
+
+test-engines: $(INSTALLED) ## Run checkpoints in vLLM, llama.cpp and stock transformers (2.5 GB, once)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ demo-output/source/config.json:
 	$(MAKE) demo
 
 clean: ## Remove environments, caches and everything that was built
-	rm -rf $(VENV) .venv-stock demo-output site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-stock .venv-engines demo-output site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find lowbit triton_kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-dev.lock pyproject.toml

@@ -9,25 +9,21 @@ as this process sees it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from transformers import AutoTokenizer, pipeline
 
 import lowbit
+from tests import environment
 from tests.tiny import TEXT, make_model
 
 pytestmark = pytest.mark.slow
 
-LOCK = Path(__file__).parents[2] / "requirements-dev.lock"
-STOCK = ("torch", "transformers", "compressed-tensors")
 CLIENT = Path(__file__).with_name("client.py")
 
 PROMPT, NEW_TOKENS = "The river rises in the hills", 16
@@ -39,40 +35,17 @@ TOLERANCE = 2**-6
 @pytest.fixture(scope="session")
 def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of the stock environment: in `$LOWBIT_STOCK_VENV`, kept, or temporary."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers
-    home = Path(os.environ.get("LOWBIT_STOCK_VENV") or shared / "stock")
-    home.mkdir(parents=True, exist_ok=True)
-    python, made_for = home / "venv" / "bin" / "python", home / "made-for.txt"
-    wanted = f"{' '.join(STOCK)}\n{sys.version}\n{LOCK.read_text(encoding='utf-8')}"
-    with FileLock(home / "lock"):
-        if not made_for.exists() or made_for.read_text(encoding="utf-8") != wanted:
-            made_for.unlink(missing_ok=True)
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], check=True)
-            install = [str(python), "-m", "pip", "install", "-qq", "--constraint", str(LOCK), *STOCK]
-            subprocess.run(install, check=True)
-            made_for.write_text(wanted, encoding="utf-8")
-    return python
+    return environment.stock(tmp_path_factory)
 
 
 def ask_stock(python: Path, folders: list[Path], ids: list[int], cwd: Path) -> list[dict[str, Any]]:
     """Run the client, away from the checkout and with none of its environment variables."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    environment = {**keep, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     paths = [str(folder) for folder in folders]
     question = {"folders": paths, "ids": ids, "prompt": PROMPT, "new_tokens": NEW_TOKENS}
-    done = subprocess.run(
-        [str(python), "-I", str(CLIENT)],
-        input=json.dumps(question),
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    client = environment.start(python, CLIENT, cwd)
+    out, errors = client.communicate(json.dumps(question))
+    assert client.returncode == 0, errors[-3000:]
+    answers: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
     return answers
 
 
