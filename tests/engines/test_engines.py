@@ -20,8 +20,8 @@ pytestmark = pytest.mark.engines
 
 Answers = dict[str, dict[Key, Answer]]  # by engine and checkpoint
 
-# Mean difference of a log-probability, in nats. transformers multiplies in float32 here and rounds
-# asymmetric weights to bfloat16, vLLM multiplies in float16, and llama.cpp rounds the inputs of every product to 8 bits.
+# Mean difference of a log-probability, in nats. transformers multiplies in float32 here and
+# rounds asymmetric weights to bfloat16, vLLM multiplies in float16, llama.cpp rounds all inputs to 8 bits.
 GATES = {"transformers": 0.01, "vLLM": 0.01, "llama.cpp": 0.06}
 LAGS = {"transformers": 0.05, "vLLM": 0.05, "llama.cpp": 0.15}
 # Where inputs are rounded by the scheme, one in the middle of two steps falls to either side.
