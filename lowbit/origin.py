@@ -60,7 +60,7 @@ def convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
         kwargs = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     target = scratch / "source"
     try:
-        with quiet():
+        with quiet(stderr=True):  # a bar for the tensors of a GGUF file
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
             kwargs.pop("quantization_config", None)
             tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)

@@ -46,6 +46,7 @@ def run(
     if as_json:
         print_json(dataclasses.asdict(done) | {"tokens_per_second": done.tokens_per_second})
     else:
+        print(flush=True)
         first = f"{done.prompt_tokens} in, first after {done.first_seconds:.2f} s"
         open_console(True).print(
             f"[dim]{done.tokens_per_second:.1f} tokens/s, {done.new_tokens} tokens ({first})"
