@@ -222,11 +222,13 @@ def test_an_old_bin_checkpoint(tiny_model: Folders, tmp_path: Path) -> None:
     assert (found / "chat_template.jinja").read_text() == (original / "chat_template.jinja").read_text()
 
 
-def test_a_gguf_file(tiny_model: Folders, tmp_path: Path) -> None:
+def test_a_gguf_file(tiny_model: Folders, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip("gguf")
     original = tiny_model("llama", tied=False)
     write_gguf(gguf, original, tmp_path / "model.gguf")
+    capfd.readouterr()
     found = sources.find(str(tmp_path / "model.gguf"), tmp_path / "scratch")
+    assert capfd.readouterr().err == "", "other libraries' bars are not shown"
     expected = read_all(original)
     converted = read_all(found)
     assert set(converted) == set(expected)
