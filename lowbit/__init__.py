@@ -6,6 +6,7 @@ neither a GPU nor Triton):
 - `quantize`: a model in, a quantized checkpoint out.
 - `load`: any checkpoint folder in, a transformers model out, its weights packed.
 - `enable`: the same for whatever `from_pretrained` and `pipeline` load from then on.
+- `qat`: the same with the weights trained on your data (quantization-aware training).
 - `convert`: a quantized checkpoint in, the same weights in another format out.
 - `perplexity`: what the quantization cost.
 - `QuantScheme`, `QuantizedWeight`: the grid, and a weight on it.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lowbit.quantized import QuantizedWeight
     from lowbit.scheme import QuantScheme
     from lowbit.switch import enable
+    from lowbit.tuning import qat
 
 try:
     __version__ = version("lowbit")
@@ -41,6 +43,7 @@ _HOMES = {
     "enable": "switch",
     "load": "hf",
     "perplexity": "evaluate",
+    "qat": "tuning",
     "quantize": "pipeline",
 }
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "enable",
     "load",
     "perplexity",
+    "qat",
     "quantize",
 ]
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from lowbit import topology
 from lowbit.errors import LowbitError
 from lowbit.judge import Judge
+from lowbit.latent import LatentLinear
 from lowbit.quantized import QuantizedWeight
 from lowbit.trainable import TrainableLinear
 from lowbit.training import Norms, Training
@@ -37,6 +38,7 @@ TOKENS_PER_STEP = 2048
 HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the end
 WARM_UP = 0.05
 LEARNING_RATE = 1e-3  # of factors that start at 1
+LATENT_RATE = 0.04  # of latents, in units of the grid's step
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Distilled:
     Attributes:
         weights: Quantized weights with their new scales, by module name.
         norms: New weights of norms, float32, by parameter name.
-        before: KL on the held-out rows before training, nats.
+        before: Loss on the held-out rows before training, nats per token.
         after: The same after it.
         held_out: How many rows those are.
         steps: Steps of the optimizer.
@@ -68,6 +70,7 @@ def distill(
     *,
     epochs: float = 1.0,
     learning_rate: float = LEARNING_RATE,
+    latent_rate: float | None = None,
     tokens_per_step: int = TOKENS_PER_STEP,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
@@ -80,12 +83,14 @@ def distill(
         model: The quantized model, dense, in evaluation mode.
         quantized: Its quantized weights, by module name; those of stacked experts stay as they are.
         batches: Token ids, int64 `[rows, length]`.
-        targets: The original's `judge.head_inputs` of each row, `[length, hidden]`.
+        targets: The original's `judge.head_inputs` of each row, `[length, hidden]`; or, to learn the
+            data itself, its `judge.next_tokens`, int64 `[length]`.
         epochs: How often the rows are seen.
         learning_rate: Of the gains, which start at 1.
+        latent_rate: The same for the codes, in units of the grid's step; None: they are not trained.
         tokens_per_step: Tokens between two steps of the optimizer.
         seed: Seed of the order of rows.
-        progress: Called with (steps done, steps in all, mean KL of the step in nats).
+        progress: Called with (steps done, steps in all, mean loss of the step in nats).
         resume_from: What an interrupted run handed to `keep`: its steps are not done again.
         keep: Given now and then all that is needed to go on from there, to the bit.
 
@@ -99,7 +104,7 @@ def distill(
     judge = Judge(model, batches[:1])
     held_out = range(rows, len(batches))
     model.requires_grad_(False)
-    layers = _make_trainable(model, quantized)
+    layers = _make_trainable(model, quantized, TrainableLinear if latent_rate is None else LatentLinear)
     norms = Norms(model)
     training = Training(layers, norms)
     if resume_from:
@@ -110,14 +115,18 @@ def distill(
     order = _order(rows, epochs, seed).split(at_once)
     with _checkpointed(model):
         for step, chosen in enumerate(order[done:], start=done):
+            pace = _schedule(step, len(order))
+            for layer in layers.values():
+                if isinstance(layer, LatentLinear):
+                    layer.pace(step + 1, (latent_rate or 0.0) * pace)
             loss = judge.step(model, batches[chosen], torch.stack([targets[i] for i in chosen]))
-            training.step(learning_rate * _schedule(step, len(order)))
+            training.step(learning_rate * pace)
             if progress:
                 progress(step + 1, len(order), loss)
             if keep and training.is_due():
                 keep(training.state(step + 1, before))
     after = judge.mean(model, batches, targets, held_out)
-    learned = {name: layer.quantized() for name, layer in layers.items()}
+    learned = {name: layer.quantized().cpu() for name, layer in layers.items()}
     return Distilled(learned, norms.weights(), before, after, kept, len(order))
 
 
@@ -135,16 +144,17 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _make_trainable(
-    model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight]
+    model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight], kind: type[TrainableLinear]
 ) -> dict[str, TrainableLinear]:
     layers = {}
     for name, module in list(model.named_modules()):
         if name in quantized and type(module) is nn.Linear and module is not model.get_output_embeddings():
-            layer = TrainableLinear(quantized[name], module.bias, module.weight.dtype)
+            layer = kind(quantized[name], module.bias, module.weight.dtype)
             model.set_submodule(name, layer.to(module.weight.device))
             layers[name] = layer
     if not layers:
-        raise LowbitError(f"{type(model).__name__} has no quantized linear layer to train")
+        name = type(model).__name__
+        raise LowbitError(f"{name} has no quantized linear layer to train: use --effort balanced")
     return layers
 
 

@@ -1,7 +1,8 @@
 """One dial for how much work goes into a model, from seconds to hours.
 
 What each step costs and gains is measured in docs/ACCURACY.md. A method given by name takes the place
-of the effort's own; the training that `high` and `max` add stands behind any method.
+of the effort's own; the training that `high` and `max` add stands behind any method. The method `qat`
+starts from what the effort's own rounds, and trains the weights as well as scales and norms.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ class Effort(NamedTuple):
     Attributes:
         method: Key of `algorithms.ALGORITHMS`.
         epochs: How often the training data is seen.
-        training: Training data for scales and norms, in multiples of the calibration data; 0: none.
+        training: Training data, in multiples of the calibration data; 0: none, and no training.
+        weights: Train the weights as well as scales and norms.
+        loss: What is made small: the divergence from the `original`, or the surprise at the `data`.
     """
 
     method: str
     epochs: int = 0
     training: int = 0
+    weights: bool = False
+    loss: str = "original"
 
 
 DEFAULT = "balanced"
+QAT = "qat"
+LOSSES = ("original", "data")
 EFFORTS: dict[str, Effort] = {
     "fast": Effort("rtn"),
     "balanced": Effort("qronos"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lowbit.errors import LowbitError
 
 LOGIT_BYTES = 2**26  # of float32 logits made at a time
+NO_TARGET = -100  # in place of a next token, where there is none
 
 
 class _Stop(Exception):
@@ -48,8 +49,13 @@ def head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
     raise RuntimeError(f"{type(model).__name__} did not call its output head")
 
 
+def next_tokens(rows: Tensor) -> Tensor:
+    """What follows each token of `rows [rows, length]`; `NO_TARGET` at the end of a row."""
+    return nn.functional.pad(rows[:, 1:], (0, 1), value=NO_TARGET)
+
+
 class Judge:
-    """The divergence from the original, from the inputs of both heads.
+    """The divergence from the original, from the inputs of both heads; or from a text.
 
     The head is kept as it is at the start: it is not trained, and it is the original's own unless the
     user asked for fewer bits, which the loss then can't see.
@@ -62,8 +68,14 @@ class Judge:
         self.tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
     def divergence(self, own: Tensor, target: Tensor) -> Tensor:
-        """Sum over tokens of `KL(original || own)`, from head inputs `[tokens, hidden]`."""
+        """Sum over tokens of `KL(original || own)`, from head inputs `[tokens, hidden]`.
+
+        Where `target` is int64 `[tokens]`, the `next_tokens` of a text, of `-log own(target)`: the same,
+        with a distribution that has all its weight on one token.
+        """
         q = self.finish(self.head(own)).float().log_softmax(-1)
+        if not target.is_floating_point():
+            return nn.functional.nll_loss(q, target, ignore_index=NO_TARGET, reduction="sum")
         with torch.no_grad():
             p = self.finish(self.head(target)).float().log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
@@ -71,12 +83,12 @@ class Judge:
     def step(self, model: PreTrainedModel, ids: Tensor, target: Tensor) -> float:
         """Gradients of the mean divergence; returns it. A few tokens' logits are in memory at a time."""
         inputs = head_input(model, ids)
-        flat, wanted = inputs.detach().flatten(0, -2), target.to(inputs.device).flatten(0, -2)
-        gradient, total = torch.empty_like(flat), 0.0
+        flat, wanted = inputs.detach().flatten(0, -2), target.to(inputs.device).flatten(0, 1)
+        gradient, total, tokens = torch.empty_like(flat), 0.0, _count(wanted)
         for start in range(0, len(flat), self.tokens_at_once):
             part = slice(start, start + self.tokens_at_once)
             leaf = flat[part].requires_grad_(True)
-            loss = self.divergence(leaf, wanted[part]) / len(flat)
+            loss = self.divergence(leaf, wanted[part]) / tokens
             (gradient[part],) = torch.autograd.grad(loss, leaf)
             total += float(loss.detach())
         inputs.backward(gradient.view_as(inputs))
@@ -91,8 +103,12 @@ class Judge:
             for start in range(0, len(own), self.tokens_at_once):
                 part = slice(start, start + self.tokens_at_once)
                 total += float(self.divergence(own[part], wanted[part].to(own.device)))
-            tokens += len(own)
+            tokens += _count(wanted)
         return total / tokens
+
+
+def _count(target: Tensor) -> int:
+    return len(target) if target.is_floating_point() else int((target != NO_TARGET).sum())
 
 
 @torch.no_grad()

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity, pages
+from lowbit import beside, checkpoint, identity, pages, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.batches import find_batches
 from lowbit.blocks import Progress
 from lowbit.budget import Budget, find_budget
-from lowbit.effort import EFFORTS, Effort
+from lowbit.effort import EFFORTS, LOSSES, QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.hardware import find_device, find_dtype, used_memory
@@ -44,6 +44,8 @@ def quantize(
     output: str | Path,
     effort: str = effort_dial.DEFAULT,
     method: str | None = None,
+    epochs: int | None = None,
+    loss: str = "original",
     format: str = "compressed-tensors",
     dataset: str | None = None,
     samples: int = 128,
@@ -71,7 +73,10 @@ def quantize(
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
         effort: `fast`, `balanced`, `high` or `max`: how much work goes into the model.
-        method: `rtn`, `gptq`, `awq` or `qronos`; None takes the effort's own.
+        method: `rtn`, `gptq`, `awq` or `qronos`; None takes the effort's own. `qat` trains what that
+            one rounds, see `lowbit.qat`.
+        epochs: How often training sees its data; None takes the effort's own.
+        loss: `data` lets `qat` learn the text itself instead of the original's predictions.
         format: `compressed-tensors`, `gptq` or `awq`.
         dataset: Calibration text: a hub id (`org/name:config`), a `.txt`, `.jsonl` or `.parquet`
             file, or `self` to sample it from the model. None takes a public data set, or `self`
@@ -108,7 +113,7 @@ def quantize(
     >>> report.scheme, report.verification.loader
     ('w4g32', 'stock transformers')
     """
-    dial, method = _choose(effort, method, format, scheme)
+    dial, method = _choose(effort, method, format, scheme, epochs, loss)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), find_device(device)
     with open_work(target, restart) as work:
@@ -119,10 +124,9 @@ def quantize(
         plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group or scheme is None, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-        work.check(_inputs(opened, where, schemes or {}, effort=effort, method=method, format=format,
-                           scheme=str(plan.scheme), dataset=dataset, samples=samples, seq_len=seq_len,
-                           seed=seed, skip=skip, head_bits=head_bits, max_shard_size=shard_bytes,
-                           max_memory=max_memory))  # fmt: skip
+        work.check(_inputs(opened, plan, where, dial, schemes, effort=effort, method=method, format=format,
+                           dataset=dataset, samples=samples, seq_len=seq_len, seed=seed, head_bits=head_bits,
+                           skip=skip, max_shard_size=shard_bytes, max_memory=max_memory))  # fmt: skip
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
@@ -132,8 +136,7 @@ def quantize(
         batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
-        if rows is not None:
-            road.refine(rows, dial.epochs, shard_bytes, batches[-1])
+        road.refine(rows, dial, shard_bytes, batches[-1])
         if verify_output:
             road.verify(batches[-1])
         report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
@@ -144,16 +147,25 @@ def quantize(
 
 
 def _inputs(
-    opened: Source, device: torch.device, schemes: Mapping[str, QuantScheme], **options: Any
+    opened: Source,
+    plan: Plan,
+    device: torch.device,
+    dial: Effort,
+    schemes: Mapping[str, QuantScheme] | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     around = [opened.folder / "config.json", *sources.sidecars(opened.folder)]
     return {
         **options,
         "skip": list(options["skip"]),
-        "schemes": {at: str(scheme) for at, scheme in schemes.items()},
+        "scheme": str(plan.scheme),
+        "schemes": {at: str(scheme) for at, scheme in (schemes or {}).items()},
         "model": identity.of_model(opened.files, around),
         "text": identity.of_text(options["dataset"]),
+        "epochs": dial.epochs,
+        "weights": dial.weights,
+        "loss": dial.loss,
         "dtype": str(opened.dtype),
         "device": device.type,
         **identity.versions(),
@@ -173,6 +185,7 @@ def _data(
     budget: Budget,
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found."""
+    _check_trainable(opened, dial)
     kept = work.load("data")
     if kept:
         rows = kept.pop("rows", None)
@@ -198,16 +211,22 @@ def _data(
     return batches, rows
 
 
-def _choose(effort: str, method: str | None, format: str, scheme: QuantScheme | None) -> tuple[Effort, str]:
+def _choose(
+    effort: str, method: str | None, format: str, scheme: QuantScheme | None, epochs: int | None, loss: str
+) -> tuple[Effort, str]:
     """What an effort stands for, and the method; refuses what does not exist or fit together."""
     if effort not in EFFORTS:
         raise LowbitError(f"effort={effort!r} is unknown: use one of {list(EFFORTS)}")
     dial, rounded_inputs = EFFORTS[effort], scheme is not None and scheme.activation_bits is not None
+    if rounded_inputs and method == QAT:
+        raise LowbitError(f"method={method!r} trains for exact activations, not {scheme}: use gptq")
     if rounded_inputs and dial.training:
         raise LowbitError(f"effort={effort!r} trains for exact activations, not {scheme}: use balanced")
+    dial = _with_training(dial, method, epochs, loss)
+    method = None if method == QAT else method
     method = method or ("gptq" if rounded_inputs and dial.method in CORRECTIONS else dial.method)
     if method not in ALGORITHMS:
-        raise LowbitError(f"method={method!r} is unknown: use one of {sorted(ALGORITHMS)}")
+        raise LowbitError(f"method={method!r} is unknown: use one of {sorted([*ALGORITHMS, QAT])}")
     if method not in ("rtn", "gptq") and rounded_inputs:
         raise LowbitError(f"method={method!r} knows no rounded activations ({scheme}): use gptq or rtn")
     if format not in FORMATS:
@@ -235,6 +254,33 @@ def _budget(
         raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
     pages.return_large()
     return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
+
+
+def _with_training(dial: Effort, method: str | None, epochs: int | None, loss: str) -> Effort:
+    """The dial with what was asked of training; refused where nothing is trained."""
+    if loss not in LOSSES:
+        raise LowbitError(f"loss={loss!r} is unknown: use one of {list(LOSSES)}")
+    if loss == "data" and method != QAT:
+        raise LowbitError("loss='data' trains the weights: add method='qat'")
+    if method == QAT:
+        dial = dial._replace(
+            epochs=max(1, dial.epochs), training=max(1, dial.training), weights=True, loss=loss
+        )
+    if epochs is None:
+        return dial
+    if not dial.training:
+        raise LowbitError(f"epochs={epochs} needs training: use effort='high', 'max' or method='qat'")
+    if epochs < 1:
+        raise LowbitError(f"epochs={epochs} trains nothing: use 1 or more")
+    return dial._replace(epochs=epochs)
+
+
+def _check_trainable(source: Source, dial: Effort) -> None:
+    """Refuse before the first block what `distill` would refuse after the last."""
+    _, blocks = topology.decoder_blocks(source.model)
+    if dial.weights and not any(isinstance(module, torch.nn.Linear) for module in blocks.modules()):
+        name = type(source.model).__name__
+        raise LowbitError(f"{name} has no linear layer that can be trained: use --method gptq")
 
 
 def _name(model: str | Path | PreTrainedModel) -> str:

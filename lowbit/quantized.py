@@ -60,6 +60,10 @@ class QuantizedWeight:
         )
         return cls(codes, scales, zeros, parts[0].scheme)
 
+    def cpu(self) -> QuantizedWeight:
+        """The same on the CPU."""
+        return QuantizedWeight(self.codes.cpu(), self.scales.cpu(), self.zeros.cpu(), self.scheme)
+
     def split_rows(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Cut along the output dimension, as a fused gate/up matrix is cut into its two halves."""
         parts = zip(

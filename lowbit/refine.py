@@ -20,10 +20,10 @@ from torch import Tensor
 from lowbit import formats, hf
 from lowbit.blocks import Progress, fingerprint
 from lowbit.checkpoint import CheckpointWriter
-from lowbit.distill import TOKENS_PER_STEP, Distilled, distill
+from lowbit.distill import LATENT_RATE, TOKENS_PER_STEP, Distilled, distill
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
-from lowbit.judge import head_inputs
+from lowbit.judge import head_inputs, next_tokens
 from lowbit.quantized import QuantizedWeight
 
 
@@ -32,7 +32,7 @@ class Refined:
     """What `refine` did.
 
     Attributes:
-        before: KL from the original on rows that were not trained on, nats.
+        before: Loss on rows that were not trained on, nats per token: KL, or cross-entropy.
         after: The same at the end.
         held_out: How many rows those are.
         steps: Steps of the optimizer.
@@ -55,6 +55,8 @@ def refine(
     tokens: Tensor,
     *,
     epochs: float = 1.0,
+    weights_too: bool = False,
+    loss: str = "original",
     tokens_per_step: int = TOKENS_PER_STEP,
     max_shard_size: int = 5 * 10**9,
     device: torch.device | None = None,
@@ -70,6 +72,8 @@ def refine(
         output: Folder to create; not created where training gained nothing.
         tokens: Calibration rows, int64 `[rows, length]`.
         epochs: How often each row is seen.
+        weights_too: Train the codes, too (`latent.py`).
+        loss: `original`: KL from the original. `data`: cross-entropy of the rows themselves.
         tokens_per_step: Tokens between two steps of the optimizer.
         max_shard_size: Bytes of a shard.
         device: Where to train.
@@ -85,12 +89,16 @@ def refine(
     if fmt is None:
         raise LowbitError(f"{folder} is not quantized in a format that lowbit reads: quantize it first")
     where = device or torch.device("cpu")
-    targets = _targets(original, tokens, where, told)
+    learned = loss == "data"
+    targets = list(next_tokens(tokens)) if learned else _targets(original, tokens, where, told)
     weights = _weights(folder, fmt, quantization)
-    model = hf.load(folder, packed=False, dtype=targets[0].dtype, device=where)
+    model = hf.load(folder, packed=False, dtype=torch.bfloat16 if learned else targets[0].dtype, device=where)
     done = distill(
-        model, weights, tokens, targets, epochs=epochs, tokens_per_step=tokens_per_step,
-        progress=lambda step, steps, kl: told("train", step, steps, f"KL {kl:.4f}"),
+        model, weights, tokens, targets, epochs=epochs, latent_rate=LATENT_RATE if weights_too else None,
+        tokens_per_step=tokens_per_step,
+        progress=lambda step, steps, mean: told(
+            "train", step, steps, f"{'cross-entropy' if learned else 'KL'} {mean:.4f}"
+        ),
         resume_from=resume_from, keep=keep,
     )  # fmt: skip
     del model

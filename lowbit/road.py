@@ -24,6 +24,7 @@ from lowbit.blocks import BlockQuantizer, Progress, fingerprint
 from lowbit.budget import Budget
 from lowbit.carried import Carried
 from lowbit.checkpoint import CheckpointWriter
+from lowbit.effort import QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.plan import Plan, head_name
@@ -184,10 +185,10 @@ class Road:
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
 
-    def refine(self, rows: Tensor, epochs: int, shard_bytes: int, ids: Tensor) -> None:
-        """Train the scales and norms of what was written; see `refine.py`."""
+    def refine(self, rows: Tensor | None, dial: Effort, shard_bytes: int, ids: Tensor) -> None:
+        """Train what was written, its weights too where the dial says so; see `refine.py`."""
         work, report = self.work, self.report
-        if "trained" in work.facts:
+        if rows is None or "trained" in work.facts:
             return
         started = time.monotonic() - report.seconds.get("training", 0.0)
         refined = work.folder / "refined"
@@ -199,23 +200,29 @@ class Road:
             self._commit({}, {"training": tensors})
 
         result: dict[str, Any] = {"trained": True}
+        what = "weights, scales and norms" if dial.weights else "scales and norms"
         try:
             done = refine(
-                work.checkpoint, self.source.folder, refined, rows, epochs=epochs, max_shard_size=shard_bytes,
+                work.checkpoint, self.source.folder, refined, rows, epochs=dial.epochs,
+                weights_too=dial.weights, loss=dial.loss, max_shard_size=shard_bytes,
                 device=self.device, progress=self.progress, resume_from=work.load("training"), keep=keep,
             )  # fmt: skip
         except LowbitError as error:  # what was rounded stands, and took longer
+            if dial.weights:  # but training was asked for by name
+                raise
             report.notes.append(f"scales and norms were not trained: {error}")
         else:
-            told = f"KL on {done.held_out} rows not trained on {done.before:.4f} -> {done.after:.4f}"
+            loss = "KL" if dial.loss == "original" else "cross-entropy"
+            told = f"{loss} on {done.held_out} rows not trained on {done.before:.4f} -> {done.after:.4f}"
             if done.kept:
                 result["result"] = refined.name
                 self.fingerprints |= done.fingerprints
                 self.logits = hf.load(refined, packed=False)(input_ids=ids).logits.detach()
-                report.notes.append(f"scales and norms trained for {done.steps} steps: {told}")
+                report.notes.append(f"{what} trained for {done.steps} steps: {told}")
+                report.method = QAT if dial.weights else report.method
                 durable.sync_folder(refined)
             else:
-                report.notes.append(f"training scales and norms gained nothing and was dropped: {told}")
+                report.notes.append(f"training {what} gained nothing and was dropped: {told}")
             report.end_stage("training", time.monotonic() - started)
         assert self.logits is not None
         self._commit(result, {"training": {}, "logits": {"logits": self.logits}})

@@ -12,6 +12,7 @@ the group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from lowbit import grid
 from lowbit.quantized import QuantizedWeight
 
+Learner = Callable[[slice, Tensor], None]
+"""Takes some rows of a weight by their numbers, and their gradient, float32 `[rows, in]`."""
+
 
 class TrainableLinear(nn.Module):
     """`nn.Linear` on a quantized weight with trainable gains.
@@ -27,14 +31,24 @@ class TrainableLinear(nn.Module):
     Attributes:
         gains: float32 `[out, groups]`, factors on the scales.
         weight: bfloat16 `[out, in]`, what a loader sees; kept up to date by `refresh`.
+        codes: uint8 `[out, in]`.
+        scales: `[out, groups]` in the stored dtype, before the gains.
+        zeros: uint8 `[out, groups]`.
     """
 
     weight: Tensor
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    learner: Learner | None = None
+    """Wants the gradient of the weight."""
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.initial = quantized
+        self.scheme = quantized.scheme
         self.bias = bias
+        for name in ("codes", "scales", "zeros"):
+            self.register_buffer(name, getattr(quantized, name), persistent=False)
         self.gains = nn.Parameter(torch.ones(quantized.scales.shape, device=quantized.scales.device))
         self.register_buffer("weight", torch.empty(quantized.shape, dtype=dtype), persistent=False)
         self.refresh()
@@ -46,14 +60,13 @@ class TrainableLinear(nn.Module):
         Raises:
             LowbitError: a scale overflowed.
         """
-        start = self.initial
-        scales = grid.round_scales(start.scales.float() * self.gains, start.scales.dtype)
-        return QuantizedWeight(start.codes, scales.to(start.scales.dtype), start.zeros, start.scheme)
+        scales = grid.round_scales(self.scales.float() * self.gains, self.scales.dtype)
+        return QuantizedWeight(self.codes, scales.to(self.scales.dtype), self.zeros, self.scheme)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Follow the gains after a step of the optimizer."""
-        now, rows = self.quantized(), max(1, grid.SEARCHED_AT_ONCE // self.initial.shape[1])
+        now, rows = self.quantized(), max(1, grid.SEARCHED_AT_ONCE // self.codes.shape[1])
         for start in range(0, len(now.codes), rows):  # few rows at a time: they stay in the cache
             part = slice(start, start + rows)
             dense = grid.dequantize(now.codes[part], now.scales[part], now.zeros[part], now.scheme)
@@ -61,16 +74,21 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
-        output: Tensor = _Product.apply(x, self.gains, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, self.gains, self.weight, self.bias, self.learner
+        )
         return output
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias`, with a gradient for the gains and none for the weight."""
+    """`x @ weight.T + bias`, with a gradient for the gains; that of the weight goes to the learner."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gains: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gains: Tensor, weight: Tensor, bias: Tensor | None, learner: Learner | None
+    ) -> Tensor:
         ctx.save_for_backward(x, gains, weight)
+        ctx.learner = learner
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -83,6 +101,9 @@ class _Product(torch.autograd.Function):
         for start in range(0, len(weight), step):
             part = slice(start, start + step)
             # A few rows of dL/dw at a time: the whole of it is never in memory.
-            product = (rows[:, part].T @ inputs).float().mul_(weight[part])
+            product = (rows[:, part].T @ inputs).float()
+            if ctx.learner is not None:
+                ctx.learner(part, product)
+            product *= weight[part]
             found[part] = product.unflatten(-1, (gains.shape[1], -1)).sum(-1)
-        return gradient @ weight, found / gains, None, None
+        return gradient @ weight, found / gains, None, None, None

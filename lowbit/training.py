@@ -1,8 +1,8 @@
 """One step of the training of scales and norms, and the state between two of them.
 
 `distill.py` makes the gradients; here they become new gains, and the gains new weights in the model. The
-state is whole: gains, the optimizer's moments, steps done. What follows from it is the same to the bit
-whether or not another process went on from it.
+state is whole: gains, the optimizer's moments, what lies behind codes that are trained, steps done. What
+follows from it is the same to the bit whether or not another process went on from it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit import topology
+from lowbit.latent import LatentLinear
 from lowbit.trainable import TrainableLinear
 
 KEEP_SECONDS = 60.0  # between two states to go on from
@@ -84,13 +85,16 @@ class Training:
         return time.monotonic() - self._kept >= KEEP_SECONDS
 
     def state(self, steps: int, before: float) -> dict[str, Tensor]:
-        """Gains, the optimizer's moments, the number of steps done, and the KL before the first."""
+        """Gains, moments, latents, the number of steps done, and the KL before the first."""
         self._kept = time.monotonic()
         state = {"steps": torch.tensor(steps), "before": torch.tensor(before, dtype=torch.float64)}
         for name, gain in self._gains.items():
             state[f"gain {name}"] = gain.detach()
             if self._optimizer.state[gain]:  # none where no gradient ever came
                 state |= {f"{part} {name}": self._optimizer.state[gain][part] for part in _ADAM}
+        for name, layer in self._layers.items():
+            if isinstance(layer, LatentLinear):
+                state |= {f"{part} {name}": getattr(layer, part) for part in LatentLinear.LEARNED}
         return state
 
     @torch.no_grad()
@@ -103,5 +107,9 @@ class Training:
             self._optimizer.state[gain] = {
                 part: state[f"{part} {name}"].to("cpu" if part == "step" else gain.device) for part in _ADAM
             }
+        for name, layer in self._layers.items():
+            if isinstance(layer, LatentLinear):
+                for part in LatentLinear.LEARNED:
+                    getattr(layer, part).copy_(state[f"{part} {name}"])
         self._refresh()
         return int(state["steps"]), float(state["before"])

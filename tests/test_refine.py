@@ -65,8 +65,8 @@ def test_effort_high_trains_or_says_why_not(
     family: str, told: str, tiny_model: Callable[..., Path], text_file: str, tmp_path: Path
 ) -> None:
     report = quantize(
-        tiny_model(family), QuantScheme(3, 32, False), output=tmp_path / "out", effort="high", format="gptq",
-        dataset=text_file, samples=48, seq_len=64,
+        tiny_model(family), QuantScheme(3, 32, False), output=tmp_path / "out", effort="high", epochs=20,
+        format="gptq", dataset=text_file, samples=48, seq_len=64,
     )  # fmt: skip
     assert report.method == "qronos"
     assert any(told in note for note in report.notes), report.notes

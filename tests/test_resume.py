@@ -77,6 +77,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     ("family", "options"),
     [
         ("llama", {"effort": "high", "method": None}),
+        ("llama", {"method": "qat", "effort": "fast", "epochs": 4, "scheme": QuantScheme(2, 32)}),
         ("mixtral", {"head_bits": 8}),
         ("gemma3", {"method": "awq"}),
         ("gpt2", {"method": "rtn", "format": "gptq", "max_shard_size": "5GB"}),

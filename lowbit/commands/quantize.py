@@ -21,6 +21,7 @@ EXAMPLES = (
     "lowbit quantize model.gguf --output model-w8 --method rtn --bits 8",
     "lowbit quantize ./my-model --output my-model-w8a8 --activation-bits 8",
     "lowbit quantize ./my-model --output my-model-awq --method awq --asymmetric --format awq",
+    "lowbit quantize ./my-model -o my-model-w2 --method qat --bits 2 --group-size 64 --dataset train.jsonl",
 )
 
 
@@ -31,6 +32,7 @@ class Method(str, Enum):
     gptq = "gptq"
     awq = "awq"
     qronos = "qronos"
+    qat = "qat"
 
 
 class EffortName(str, Enum):
@@ -62,7 +64,11 @@ def run(
     ] = EffortName.balanced,
     method: Annotated[
         Optional[Method],  # noqa: UP045
-        typer.Option(help="Rounding algorithm, in place of the effort's own.", show_default=False),
+        typer.Option(
+            help="Rounding algorithm, in place of the effort's own; or qat: what that one rounds is trained "
+            "on --dataset, weights included.",
+            show_default=False,
+        ),
     ] = None,
     bits: Annotated[
         Optional[int],  # noqa: UP045  (typer reads this at run time on Python 3.10)
