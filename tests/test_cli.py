@@ -262,7 +262,7 @@ def test_a_bug_keeps_its_traceback(
     )
     with pytest.raises(ZeroDivisionError):
         cli.main()
-    assert list(tmp_path.iterdir()) == []
+    assert [left.name for left in tmp_path.iterdir()] == ["out.lowbit-work"]  # what was done is not lost
 
 
 def test_a_full_disk_is_one_line(
@@ -274,8 +274,12 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr("lowbit.checkpoint.CheckpointWriter.finish", full)
     code, _, err = run("quantize", tiny_model("llama"), "-o", tmp_path / "out", "--method", "rtn")
     assert code == 2
-    assert err == "lowbit: [Errno 28] No space left on device: 'model.safetensors'\n"
-    assert list(tmp_path.iterdir()) == []
+    work = tmp_path / "out.lowbit-work"
+    assert err == (
+        f"lowbit: [Errno 28] No space left on device: 'model.safetensors'; what is done is kept in {work}: "
+        "run the same command to continue, add --restart to start over\n"
+    )
+    assert list(tmp_path.iterdir()) == [work]
 
 
 @pytest.mark.parametrize("as_json", [True, False])
