@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowbit import card, durable, record, report
+from lowbit import card, durable, record, report, untrusted
 from lowbit.errors import LowbitError
 from lowbit.inspection import inspect
 from lowbit.results import Report
@@ -24,7 +24,12 @@ SUMS = "SHA256SUMS"
 
 
 def after_quantize(
-    folder: Path, done: Report, model: str, source: Path, quantized_by: str | None = None
+    folder: Path,
+    done: Report,
+    model: str,
+    source: Path,
+    quantized_by: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Describe a checkpoint that was just written.
 
@@ -34,11 +39,15 @@ def after_quantize(
         model: What it was given: a hub id, a folder, a file.
         source: The folder that was quantized, for the licence and languages in its card.
         quantized_by: Who publishes it.
+        inputs: What its bytes depend on: options, versions, digests of model and text.
     """
     for name in (*DESCRIBING, SUMS):  # a run that ended in here had begun them
         (folder / name).unlink(missing_ok=True)
     kept = record.of_report(done, model, inspect(folder).parts, quantized_by)
     kept["source"] = card.source_metadata(source)
+    kept["inputs"] = {
+        name: record.public(v) if isinstance(v, str) else v for name, v in (inputs or {}).items()
+    }
     report.write(kept, folder)
     card.write(kept, folder)
     record.save(kept, folder)  # last: it holds the digest of the card
@@ -82,6 +91,24 @@ def write_sums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     lines = [f"{durable.sha256(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_sums(folder: Path) -> int:
+    """Compare the files of a folder with its `SHA256SUMS`; returns how many there are.
+
+    Raises:
+        LowbitError: there is none, it names a file outside, or a file is missing or was changed.
+    """
+    path = untrusted.inside(folder, SUMS)
+    if not path.is_file():
+        raise LowbitError(f"{folder} has no {SUMS}: lowbit quantize and lowbit convert write one")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        known, _, name = line.partition("  ")
+        file = untrusted.inside(folder, name)
+        if not file.is_file() or durable.sha256(file) != known:
+            raise LowbitError(f"{file} is missing or not what was written: copy the checkpoint again")
+    return len(lines)
 
 
 def renew_sums(folder: Path) -> None:

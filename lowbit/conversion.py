@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from lowbit import checkpoint, formats, gguf_file, hf
+from lowbit import beside, checkpoint, formats, gguf_file, hf
 from lowbit import source as sources
 from lowbit.algorithms import rtn
 from lowbit.blocks import Progress
@@ -37,6 +37,7 @@ from lowbit.packed import Packed, carry, digest
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Conversion
 from lowbit.scheme import QuantScheme
+from lowbit.untrusted import NEVER_TRUSTED
 from lowbit.verify import VerificationError
 
 GGUF = "gguf"
@@ -91,6 +92,8 @@ def convert(
             crossing = _ToCheckpoint(opened, result, lossy, scratch / "checkpoint", shard_bytes)
         crossing.write(progress or _silent)
         crossing.verify()
+        if format != GGUF:
+            beside.write_sums(crossing.path)
         checkpoint.put_in_place(crossing.path, target)
     result.seconds = time.monotonic() - started
     return result
@@ -254,7 +257,9 @@ class _ToGguf(_Crossing):
 
     def __init__(self, source: Packed, result: Conversion, lossy: bool, path: Path) -> None:
         super().__init__(source, result, lossy, path)
-        self.writer = GgufWriter(path, source.folder, AutoConfig.from_pretrained(source.folder))
+        self.writer = GgufWriter(
+            path, source.folder, AutoConfig.from_pretrained(source.folder, **NEVER_TRUSTED)
+        )
 
     def copy(self, name: str, tensor: Tensor) -> None:
         added = self.writer.add(name, tensor)

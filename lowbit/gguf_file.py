@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lowbit import gguf_header, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import gguf as blocks
 from lowbit.gguf_vocab import add_vocab
@@ -231,6 +232,9 @@ def read(path: Path) -> Iterator[tuple[str, str, Tensor]]:
     """Name, type and bytes `[rows, bytes]` of every tensor of a file, one at a time."""
     from gguf import GGUFReader
 
-    for tensor in GGUFReader(path).tensors:
+    gguf_header.check(path)
+    with untrusted.reading(path):
+        tensors = GGUFReader(path).tensors
+    for tensor in tensors:
         data = np.array(tensor.data).view(np.uint8)
         yield tensor.name, tensor.tensor_type.name, torch.from_numpy(data.reshape(data.shape))

@@ -26,11 +26,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import formats
+from lowbit import formats, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, int_quantized
 from lowbit.quantizer import LowbitConfig, find_format
 from lowbit.quiet import quiet
+from lowbit.untrusted import NEVER_TRUSTED
 
 
 def load(
@@ -76,10 +77,16 @@ def _load_packed(
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **places
+                folder,
+                use_safetensors=True,
+                **NEVER_TRUSTED,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                **places,
             )
-    except (ImportError, SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a file may hold anything
+        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         raise LowbitError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: copy the checkpoint again")
@@ -107,8 +114,8 @@ def _load_dense(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except LowbitError:
         raise
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # likewise
+        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -122,9 +129,11 @@ def load_stock(
     """
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LowbitError(f"{folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, **NEVER_TRUSTED, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # a file may hold anything
+        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
     return _complete(loaded, folder).eval().to(device)  # type: ignore[no-any-return]
 
 
@@ -144,11 +153,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         LowbitError: there is none that works.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise LowbitError(
-            f"{folder} has no usable tokenizer: {str(error).strip().splitlines()[0]}"
-        ) from error
+        return AutoTokenizer.from_pretrained(folder, **NEVER_TRUSTED)
+    except Exception as error:  # a file may hold anything
+        raise LowbitError(f"{folder} has no usable tokenizer: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def quantization_of(folder: str | Path) -> tuple[dict[str, Any], Format | None]:
@@ -194,7 +206,7 @@ def index(folder: Path, fmt: Format) -> tuple[dict[str, Path], dict[str, list[st
     """
     file_of: dict[str, Path] = {}
     packed: dict[str, list[str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in untrusted.weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a mapping)
@@ -202,7 +214,7 @@ def index(folder: Path, fmt: Format) -> tuple[dict[str, Path], dict[str, list[st
                     module, _, suffix = key.rpartition(".")
                     if formats.is_part(fmt, suffix, opened.get_slice(key).get_dtype()):
                         packed.setdefault(module, []).append(suffix)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise LowbitError(f"{file} is corrupt or truncated ({error}): get a sound copy") from None
     if not file_of:
         raise LowbitError(f"{folder} has no *.safetensors: give the folder of a checkpoint")
@@ -235,18 +247,22 @@ def _config(folder: str | Path) -> Any:
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise LowbitError(f"{folder} does not exist: give a folder or a hub id (org/name)")
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise LowbitError(f"{folder} is no model: {str(error).strip().splitlines()[0]}") from error
+        if (Path(folder) / "config.json").exists():
+            untrusted.check_config(Path(folder))
+        return AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
+    except Exception as error:  # a file may hold anything
+        raise LowbitError(f"{folder} is no model: {_reason(error)}") from error
 
 
 def _quantization(config: Any) -> dict[str, Any]:
     found = getattr(config, "quantization_config", None) or {}
-    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    with untrusted.reading("quantization_config"):
+        return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
 
 
 def _format(quantization: Mapping[str, Any]) -> Format | None:
-    name = find_format(quantization)
+    with untrusted.reading("quantization_config"):
+        name = find_format(quantization)
     return None if name is None else FORMATS[name]
 
 

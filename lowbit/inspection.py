@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from lowbit import hf
+from lowbit import hf, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, is_part
 
@@ -83,16 +83,13 @@ def inspect(folder: str | Path) -> Inspection:
     if quantization and fmt is None:
         raise LowbitError(f"{folder} is quantized as {method}, which lowbit can't read")
     modules: dict[str, _Module] = defaultdict(_Module)
-    files = sorted(folder.glob("*.safetensors"))
+    files = untrusted.weight_files(folder)
     if not files:
         raise LowbitError(f"{folder} has no *.safetensors: give the folder of a checkpoint")
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                    _count(modules, key, opened, fmt, quantization)
-        except SafetensorError as error:
-            raise LowbitError(f"{file} is corrupt or truncated ({error}): write it again") from None
+        with untrusted.reading(file), safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                _count(modules, key, opened, fmt, quantization)
     return Inspection(method, _parts(modules), sum(file.stat().st_size for file in files))
 
 

@@ -1,4 +1,4 @@
-"""Models that are not a local folder of safetensors yet: on the hub, in a GGUF file, in old `.bin` files."""
+"""Models that are not a local folder of safetensors yet: on the hub, in a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowbit import gguf_header
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
+from lowbit.untrusted import NEVER_TRUSTED
 
 
 def from_hub(model: str) -> Path:
@@ -17,13 +19,22 @@ def from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    other = ["*.pth", "*.msgpack", "*.h5", "*.onnx*", "*.gguf", "*.ot", "original/*", "consolidated*"]
+    other = [
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.msgpack",
+        "*.h5",
+        "*.onnx*",
+        "*.gguf",
+        "*.ot",
+        "original/*",
+        "consolidated*",
+    ]
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
     try:
-        folder = Path(snapshot_download(model, ignore_patterns=[*other, "*.bin"]))
-        if not any(folder.glob("*.safetensors")):  # an old repository, with pickled weights only
-            folder = Path(snapshot_download(model, ignore_patterns=other))
+        folder = Path(snapshot_download(model, ignore_patterns=other))
         return folder
     except GatedRepoError:
         raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
@@ -48,16 +59,16 @@ def from_gguf(path: Path, scratch: Path) -> Path:
         raise LowbitError(
             f"{path}: reading GGUF needs the gguf package: pip install 'lowbit[gguf]'"
         ) from None
-    return convert(scratch, str(path.parent.resolve()), gguf_file=path.name)
+    gguf_header.check(path)
+    return _convert(scratch, str(path.parent.resolve()), path.name)
 
 
-def convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
-    """Load with transformers whatever it can load, and save it as a safetensors folder."""
+def _convert(scratch: Path, folder: str, gguf_file: str) -> Path:
+    """Load with transformers, and save as a safetensors folder."""
     from transformers import AutoTokenizer, GgufConfig
 
-    kwargs: dict[str, Any] = {}
-    if gguf_file:
-        kwargs = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    kwargs: dict[str, Any] = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    kwargs |= NEVER_TRUSTED
     target = scratch / "source"
     try:
         with quiet(stderr=True):  # a bar for the tensors of a GGUF file
@@ -72,7 +83,7 @@ def convert(scratch: Path, folder: str, gguf_file: str | None = None) -> Path:
                 model.config.rms_norm_eps = float(f"{epsilon:.6g}")
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
-    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a file may hold anything
         first_line = str(error).strip().split("\n")[0]
-        raise LowbitError(f"{gguf_file or folder} could not be read: {first_line}") from error
+        raise LowbitError(f"{gguf_file} could not be read: {first_line}") from error
     return target

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import formats, hf
+from lowbit import formats, hf, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.placement import find_places
 from lowbit.quantized import QuantizedWeight
 from lowbit.quiet import quiet
 from lowbit.scheme import QuantScheme
+from lowbit.untrusted import NEVER_TRUSTED
 
 
 class Packed:
@@ -40,6 +41,10 @@ class Packed:
             LowbitError: it is not quantized, or not in a format that lowbit reads.
         """
         self.folder = folder
+        with untrusted.reading(folder):
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         self.quantization, fmt = hf.quantization_of(folder)
         if not self.quantization:
             raise LowbitError(f"{folder} is not quantized: use lowbit quantize")
@@ -67,7 +72,7 @@ class Packed:
         """A layer; raises `LowbitError` as `formats.read`, with the layer's name."""
         try:
             return formats.read(self.fmt, tensors, self.schemes[name], self.quantization)
-        except (LowbitError, ValueError) as error:
+        except Exception as error:  # tensors may be of any shape and dtype
             raise LowbitError(f"{name}: {error}") from None
 
 
@@ -78,7 +83,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
         LowbitError: transformers does not know the architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with quiet(), torch.device("meta"):

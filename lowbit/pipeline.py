@@ -140,7 +140,7 @@ def quantize(
         if verify_output:
             road.verify(batches[-1])
         report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
-        beside.after_quantize(work.checkpoint, report, _name(model), opened.folder, quantized_by)
+        beside.after_quantize(work.checkpoint, report, _name(model), opened.folder, quantized_by, work.inputs)
         work.commit({"report": report.to_json()}, {})
         checkpoint.put_in_place(work.checkpoint, target)
     return report

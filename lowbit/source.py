@@ -1,7 +1,7 @@
 """The model to be quantized: found, checked, and read one part at a time.
 
 A source is a hub id, a local folder or a `.gguf` file; all three end as a folder of safetensors
-(GGUF and old `.bin` checkpoints are converted once, into a temporary folder, by transformers' own
+(a GGUF file is converted once, into a temporary folder, by transformers' own
 loaders). The model itself is built as a skeleton on the meta device: it has every module and no
 weights. `load` brings the weights of one module in, `free` lets them go, so a model larger than
 memory passes through block by block.
@@ -15,7 +15,6 @@ its reverse. These functions are not public API; this file, `readback.py` on top
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -38,9 +37,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lowbit import origin, pages
+from lowbit import origin, pages, untrusted
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
+from lowbit.untrusted import NEVER_TRUSTED
+
+MOST_COMPUTED = 2**30
+"""Bytes of buffers (rotary frequencies, masks) beyond the size of the weights."""
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -50,7 +53,7 @@ def find(model: str, scratch: Path) -> Path:
 
     Args:
         model: Hub id, local folder, or `.gguf` file.
-        scratch: Where a GGUF or `.bin` checkpoint is converted to; the caller removes it.
+        scratch: Where a GGUF file is converted to; the caller removes it.
 
     Raises:
         LowbitError: nothing there, no config, no weights, or the hub can't be reached or refuses.
@@ -69,24 +72,29 @@ def find(model: str, scratch: Path) -> Path:
     if any(folder.glob("*.safetensors")):
         return folder
     if any(folder.glob("*.bin")):
-        _read_config(folder)
-        return origin.convert(scratch, str(folder))
+        raise LowbitError(
+            f"{model} has pickled weights (*.bin), which can run code: if you trust their author, load and "
+            "save them once with transformers (from_pretrained, save_pretrained)"
+        )
     raise LowbitError(f"{model} has no weights (*.safetensors): download the model completely")
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+        untrusted.check_config(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
+    except LowbitError:
+        raise
+    except Exception as error:  # it may hold anything
         first_line = str(error).strip().split("\n")[0]
         raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error
     quantized = getattr(config, "quantization_config", None)
     if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        method = dict(quantized).get("quant_method") if isinstance(quantized, dict) else quantized
         raise LowbitError(f"{folder} is already quantized ({method}): start from the original model")
-    architectures = config.architectures or []
+    architectures = config.architectures if isinstance(config.architectures, list) else []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not causal.intersection(architectures):
+    if not causal.intersection(map(str, architectures)):
         raise LowbitError(
             f"{folder} is {architectures or config.model_type}, not a causal language model "
             "that transformers knows: give a text-generation model"
@@ -123,39 +131,42 @@ class Source:
         stored: Any = self.config.dtype  # before the skeleton sets it
         self.stored_dtype: torch.dtype = stored or torch.float32
         self._file_of = self._index_files()
+        untrusted.check_config(folder, len(self._file_of))
         self.files = set(self._file_of.values())
         self.bytes = sum(file.stat().st_size for file in self.files)
-        self.model = self._skeleton()
-        self._parameter_of, self.extra_keys = self._match_keys()
+        with untrusted.reading(f"{folder}/config.json"):
+            self._check_buffers()
+            self.model = self._skeleton()
+            self._parameter_of, self.extra_keys = self._match_keys()
         self._used_conversions: list[Any] = []
 
     def _read_config(self) -> PretrainedConfig:
         return _read_config(self.folder)
 
+    def _check_buffers(self) -> None:
+        """Refuse what would fill the memory with computed tensors; weights stay on the meta device."""
+        with quiet(), torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(self.config, **NEVER_TRUSTED)
+            except NotImplementedError:  # looks at the values of a buffer that it makes
+                return
+        needed = sum(buffer.nbytes for buffer in model.buffers())
+        if needed > self.bytes + MOST_COMPUTED:
+            raise LowbitError(f"{self.folder}/config.json asks for {needed / 1e9:.0f} GB of computed tensors")
+
     def _skeleton(self) -> PreTrainedModel:
         # Eager experts multiply by one expert's matrix at a time, which is what calibration observes.
         with quiet(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, experts_implementation="eager"
+                self.config, dtype=self.dtype, experts_implementation="eager", **NEVER_TRUSTED
             )
         model.eval().requires_grad_(False)
         model.tie_weights()
         return model  # type: ignore[no-any-return]
 
-    def _weight_files(self) -> list[Path]:
-        """What the index names, or the one file; never a second copy, such as Mistral's `consolidated`."""
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if not index.is_file():
-            return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, LookupError, AttributeError):
-            raise LowbitError(f"{index} is no index of weight files: download it again") from None
-        return sorted(self.folder / name for name in names)
-
     def _index_files(self) -> dict[str, Path]:
         file_of = {}
-        for file in self._weight_files():
+        for file in untrusted.weight_files(self.folder):
             try:
                 with safe_open(file, framework="pt") as opened:
                     file_of.update(dict.fromkeys(opened.keys(), file))
@@ -234,7 +245,8 @@ class Source:
 
     def read(self, key: str) -> Tensor:
         """One tensor as it is on disk."""
-        with safe_open(self._file_of[key], framework="pt") as opened:
+        file = self._file_of[key]
+        with untrusted.reading(file), safe_open(file, framework="pt") as opened:
             return opened.get_tensor(key)  # type: ignore[no-any-return]
 
     def load(self, keys: Iterable[str], device: torch.device) -> None:
@@ -250,7 +262,7 @@ class Source:
             weight_mapping=self._mapping(),
             hf_quantizer=self.quantizer,
         )
-        with quiet(), ExitStack() as files:
+        with quiet(), ExitStack() as files, untrusted.reading(self.folder):
             slices = self._slices(keys, files)
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
         problems = [*info.conversion_errors, *(name for name, *_ in info.mismatched_keys)]
@@ -314,5 +326,8 @@ def sidecars(folder: Path) -> list[Path]:
     return [
         Path(entry.path)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if entry.is_file() and Path(entry.path) not in skipped and Path(entry.name).suffix in suffixes
+        if entry.is_file()
+        and Path(entry.path) not in skipped
+        and Path(entry.name).suffix in suffixes
+        and untrusted.inside(folder, entry.name)
     ]

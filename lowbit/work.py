@@ -60,8 +60,6 @@ class Work:
         self.worth = bool(self._state.get("worth"))
         self.checked = False
         self._opened = time.monotonic(), time.process_time()
-        for name in self._state.get("tensors", {}).values():
-            durable.check(folder / name["file"], name["size"], name["sha256"])
 
     @property
     def checkpoint(self) -> Path:
@@ -71,6 +69,11 @@ class Work:
     def is_placed(self, output: Path) -> bool:
         """Did the run end between the exchange of the finished folder and the removal of this one?"""
         return "result" in self.facts and not self.checkpoint.exists() and output.exists()
+
+    def check_files(self) -> None:
+        """Compare the files of the last commit with what was written; raises `LowbitError` if they differ."""
+        for entry in self._state.get("tensors", {}).values():
+            durable.check(self.folder / entry["file"], entry["size"], entry["sha256"])
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Go on only with what the run was started with.
@@ -171,7 +174,7 @@ def open_work(output: Path, restart: bool = False) -> Iterator[Work]:
                 elif work.checked:
                     error.kept = folder  # type: ignore[attr-defined]
                 raise
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     except BaseException:
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -212,9 +215,22 @@ def _begin(folder: Path, output: Path, restart: bool) -> Work:
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return Work(folder)
+    if not work.is_placed(output):
+        work.check_files()
+        work.tidy()
     shutil.rmtree(folder / "source", ignore_errors=True)
-    work.tidy()
     return work
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of a finished run, what says that it is finished last."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in ("lock", "state.json"):
+            path.unlink()
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stays(work: Work, error: BaseException, resumed: bool) -> bool:

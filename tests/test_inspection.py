@@ -120,5 +120,5 @@ def test_refusals(tiny_model: Folders, tmp_path: Path) -> None:
         inspect(folder)
     cut = shutil.copytree(tiny_model("llama"), tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(LowbitError, match=r"model\.safetensors is corrupt or truncated"):
+    with pytest.raises(LowbitError, match=r"model\.safetensors can.t be read"):
         inspect(cut)

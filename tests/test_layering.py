@@ -31,6 +31,8 @@ LEVELS = {
     "native": 1,
     "quiet": 1,
     "durable": 2,
+    "untrusted": 1,
+    "gguf_header": 1,
     "grid": 2,
     "quantized": 3,
     "activations": 1,
