@@ -10,6 +10,7 @@ neither a GPU nor Triton):
 - `convert`: a quantized checkpoint in, the same weights in another format out.
 - `perplexity`: what the quantization cost.
 - `QuantScheme`, `QuantizedWeight`: the grid, and a weight on it.
+- `Target`: how small a checkpoint must be, where schemes are to be chosen.
 - `LowbitError`: every refusal, one line that says what to do.
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lowbit.quantized import QuantizedWeight
     from lowbit.scheme import QuantScheme
     from lowbit.switch import enable
+    from lowbit.target import Target
     from lowbit.tuning import qat
 
 try:
@@ -39,6 +41,7 @@ _HOMES = {
     "LowbitError": "errors",
     "QuantScheme": "scheme",
     "QuantizedWeight": "quantized",
+    "Target": "target",
     "convert": "conversion",
     "enable": "switch",
     "load": "hf",
@@ -50,6 +53,7 @@ __all__ = [
     "LowbitError",
     "QuantScheme",
     "QuantizedWeight",
+    "Target",
     "convert",
     "enable",
     "load",

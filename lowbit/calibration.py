@@ -138,6 +138,13 @@ class Drift:
         return weight @ mean, (x, gap.float() @ weight.T)
 
 
+def operands(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """Input and stored weight, where a call is the product of the two (linear layers and `Conv1D`)."""
+    if func is torch.nn.functional.linear:
+        return args[0], args[1]
+    return (args[1], args[2]) if func is torch.addmm else None
+
+
 class Products(TorchFunctionMode):
     """Calls `seen(matrix, weight, x)` for every product of an input with a weight.
 
@@ -154,13 +161,10 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1]
-        elif func is torch.addmm:
-            x, weight = args[1], args[2]
-        else:
-            return func(*args, **(kwargs or {}))
-        self._seen(self._matrix_at.get(weight.data_ptr()), weight, x)
+        product = operands(func, args)
+        if product:
+            x, weight = product
+            self._seen(self._matrix_at.get(weight.data_ptr()), weight, x)
         return func(*args, **(kwargs or {}))
 
 

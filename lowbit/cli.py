@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from lowbit import __version__
-from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, push, quantize
+from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, plan, push, quantize
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 
 COMMANDS = {
     "quantize": quantize,
+    "plan": plan,
     "convert": convert,
     "eval": evaluate,
     "compare": compare,

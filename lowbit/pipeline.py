@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity, pages, topology
+from lowbit import beside, checkpoint, identity, pages, planning, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
@@ -34,6 +34,7 @@ from lowbit.results import Report
 from lowbit.road import Road
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
+from lowbit.target import Target, require_room
 from lowbit.work import Work, open_work
 
 
@@ -55,6 +56,7 @@ def quantize(
     head_bits: int | None = None,
     auto_group: bool = False,
     schemes: Mapping[str, QuantScheme] | None = None,
+    within: Target | None = None,
     device: str = "auto",
     dtype: str = "auto",
     max_shard_size: str = "5GB",
@@ -89,6 +91,8 @@ def quantize(
         auto_group: Let the model decide the group size.
         schemes: Other grids for some modules, by pattern as in `skip` (`{"down_proj": QuantScheme(8)}`);
             the last that matches counts. Modules that share an input share the widest.
+        within: Choose the scheme of every group of matrices so that the checkpoint is no larger than
+            this and least is lost; in place of `scheme`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: Working precision: `auto`, `float32`, `bfloat16`.
         max_shard_size: Size of a safetensors shard.
@@ -114,6 +118,7 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme, epochs, loss)
+    scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), find_device(device)
     with open_work(target, restart) as work:
@@ -121,29 +126,42 @@ def quantize(
             return Report.of_json(work.facts["report"])
         checkpoint.check_target(target, _name(model), overwrite)
         opened = Source(_find(model, tokenizer, work.folder), find_dtype(dtype, where))
-        plan = make_plan(opened.model, scheme or QuantScheme(), fmt, skip=skip, head_bits=head_bits,
-                         auto_group=auto_group or scheme is None, schemes=schemes)  # fmt: skip
+        plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
+                         auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         work.check(_inputs(opened, plan, where, dial, schemes, effort=effort, method=method, format=format,
-                           dataset=dataset, samples=samples, seq_len=seq_len, seed=seed, head_bits=head_bits,
-                           skip=skip, max_shard_size=shard_bytes, max_memory=max_memory))  # fmt: skip
+            dataset=dataset, samples=samples, seq_len=seq_len, seed=seed, head_bits=head_bits, skip=skip,
+            max_shard_size=shard_bytes, max_memory=max_memory, within=repr(within)))  # fmt: skip
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
         else:
-            checkpoint.check_room(target.parent, _estimated_bytes(opened, plan))
+            require_room(opened, plan, within, target.parent, _estimated_bytes(opened, plan))
         budget = _budget(max_memory, opened, plan, method, dataset, samples, seq_len, dial)
         batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
+        planning.spend_once(within, work, opened, plan, report, batches, dataset, seed, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
         road.refine(rows, dial, shard_bytes, batches[-1])
         if verify_output:
             road.verify(batches[-1])
-        report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
-        beside.after_quantize(work.checkpoint, report, _name(model), opened.folder, quantized_by, work.inputs)
-        work.commit({"report": report.to_json()}, {})
-        checkpoint.put_in_place(work.checkpoint, target)
+        _finish(work, report, target, model, opened.folder, quantized_by)
     return report
+
+
+def _finish(
+    work: Work,
+    report: Report,
+    target: Path,
+    model: str | Path | PreTrainedModel,
+    folder: Path,
+    quantized_by: str | None,
+) -> None:
+    """Describe the checkpoint and give it its name."""
+    report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
+    beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by, work.inputs)
+    work.commit({"report": report.to_json()}, {})
+    checkpoint.put_in_place(work.checkpoint, target)
 
 
 def _inputs(

@@ -10,7 +10,7 @@ activations (one tensor per batch, in the working precision) are kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,12 +54,24 @@ class Stream:
         """Run a block for whoever watches it, and may `Stop` it when he has seen enough."""
         self._drive(block, batch)
 
-    def _drive(self, block: int, batch: int) -> list[Tensor]:
+    def backward(self, block: int, batch: int, upstream: Tensor) -> Tensor:
+        """Gradient at a block's input, from `upstream`, that at its output `[rows, length, hidden]`."""
+        inputs: list[Tensor] = []
+        with torch.enable_grad():
+            (output,) = self._drive(block, batch, inputs)
+        output.backward(upstream.to(output.dtype))
+        grad = inputs[0].grad
+        assert grad is not None
+        return grad
+
+    def _drive(self, block: int, batch: int, leaves: list[Tensor] | None = None) -> list[Tensor]:
+        """Run one block and stop; `leaves` takes its input, cut off from what came before, for a gradient."""
         output: list[Tensor] = []
         forward = self.blocks[block].forward
 
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*self._substitute(args, kwargs, batch), **kwargs)
+            args = self._substitute(args, kwargs, batch, leaves)
+            result = forward(*args, **kwargs)
             if isinstance(result, tuple):
                 self.extra_outputs = len(result) - 1
                 result = result[0]
@@ -68,7 +80,8 @@ class Stream:
             output.append(result)
             raise Stop
 
-        with self._stand_ins(block), _replaced(self.blocks[block], run_and_stop), torch.no_grad():
+        graph = torch.no_grad() if leaves is None else nullcontext()
+        with self._stand_ins(block), _replaced(self.blocks[block], run_and_stop), graph:
             try:
                 self.model(input_ids=self.batches[batch], use_cache=False)
             except Stop:
@@ -81,19 +94,29 @@ class Stream:
             self.hidden[batch] = self.run(block, batch)
             yield batch
 
-    def logits(self, batch: int) -> Tensor:
-        """Logits of one batch after the last block (norm and head must be loaded)."""
+    def logits(self, batch: int, leaf: Tensor | None = None) -> Tensor:
+        """Logits of one batch after the last block (norm and head must be loaded).
+
+        They are those of the carried activations; or, with a graph, of `leaf` in place of them.
+        """
 
         def last_hidden(*args: Any, **kwargs: Any) -> Any:
-            return self._as_output(self.hidden[batch])
+            return self._as_output(self.hidden[batch] if leaf is None else leaf)
 
         last = len(self.blocks) - 1
-        with self._stand_ins(last), _replaced(self.blocks[last], last_hidden), torch.no_grad():
+        graph = torch.no_grad() if leaf is None else torch.enable_grad()
+        with self._stand_ins(last), _replaced(self.blocks[last], last_hidden), graph:
             logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
         return logits
 
-    def _substitute(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[Any, ...]:
+    def _substitute(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, leaves: list[Tensor] | None
+    ) -> tuple[Any, ...]:
         hidden = self.hidden[batch]
+        if leaves is not None:
+            given: Tensor = args[0] if args else kwargs["hidden_states"]
+            hidden = (given if hidden is None else hidden).detach().requires_grad_()
+            leaves.append(hidden)
         if hidden is None:
             return args
         if args:

@@ -28,6 +28,7 @@ from lowbit.inspection import Inspection
 from lowbit.push import Upload
 from lowbit.results import Conversion, Report
 from lowbit.speed import Speed
+from lowbit.target import Choice
 from lowbit.tasks import TaskResult
 
 WORST = 5
@@ -85,6 +86,7 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
     console.print()
     facts = {
         "quantized": f"{len(report.layers)} layers to {report.scheme} by {report.method}",
+        **({"target": f"{report.plan['budget']}; used {report.plan['achieved']}"} if report.plan else {}),
         "calibrated on": report.calibration,
         "size": f"{_size(report.source_bytes)} -> {_size(report.output_bytes)}",
         "verified": _verification(report),
@@ -98,6 +100,28 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
     for note in _collapsed_notes(report.notes):
         _line(console, "[yellow]note[/]", note)
     for warning in report.warnings:
+        _line(console, "[yellow]engines[/]", warning)
+
+
+def show_choice(console: Console, choice: Choice) -> None:
+    """What a target chose: blocks in rows, groups of matrices in columns."""
+    labels = choice.labels()
+    columns = list(dict.fromkeys(label for _, label in labels))
+    cells = dict(zip(labels, map(str, choice.schemes), strict=True))
+    table = Table("block", *columns, box=None)
+    for block in dict.fromkeys(block for block, _ in labels):
+        row = [cells.get((block, label), "") for label in columns]
+        table.add_row("all" if block is None else str(block), *row)
+    console.print(table)
+    console.print()
+    facts = {"target": str(choice.room.target), "used": choice.to_dict()["achieved"]}
+    facts["estimated KL"] = f"{choice.kl:.4f} nats per token"
+    best = choice.uniform()
+    facts["one scheme"] = f"{best[0]} for all would be {best[1]:.4f}" if best else "none for all fits"
+    _facts(console, facts)
+    for note in _collapsed_notes(choice.notes):
+        _line(console, "[yellow]note[/]", note)
+    for warning in choice.warnings:
         _line(console, "[yellow]engines[/]", warning)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lowbit import QuantScheme, checkpoint, identity, training, work
+from lowbit import QuantScheme, Target, checkpoint, identity, training, work
 from lowbit.errors import LowbitError
 from lowbit.results import Report
 from lowbit.verify import VerificationError
@@ -82,6 +82,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
         ("gemma3", {"method": "awq"}),
         ("gpt2", {"method": "rtn", "format": "gptq", "max_shard_size": "5GB"}),
         ("llama", {"scheme": QuantScheme(8, -1, activation_bits=8)}),
+        ("llama", {"scheme": None, "within": Target(4.5), "skip": ["layers.1.*.k_proj"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

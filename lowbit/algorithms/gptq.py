@@ -33,6 +33,8 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
 NEEDS_HESSIAN = True
+LEAST_LEFT = 0.1
+"""Residuals are corrected by no more than ten times, however few the tokens."""
 
 
 def quantize_weight(
@@ -77,7 +79,7 @@ def quantize_weight(
     if factors is None:
         return rtn.quantize_weight(weight, None, scheme, scale_dtype)[0], note
 
-    residual = torch.empty_like(factors.residual).index_copy_(0, factors.order, factors.residual)
+    residual = _in_place(factors)
     by_group = residual.unflatten(0, (-1, scheme.columns_per_group(len(order))))
     scales, zeros = grid.search_params(
         weight, scheme, scale_dtype, lambda errors: errors.square_().mul_(by_group).sum(-1), shrinks
@@ -101,6 +103,33 @@ class _Factors:
     order: Tensor
     feedback: Tensor
     residual: Tensor
+
+
+def residuals(hessian: Tensor, tokens: int, damp: float = 0.03) -> Tensor | None:
+    """What a unit of error in each column costs once later columns make up for it, float32 `[in]`.
+
+    Few tokens make a column look more predictable than it is: least squares on m columns leaves `1 - m / T`
+    of the variance that it would leave on as many tokens as one likes, and is corrected by as much.
+
+    Args:
+        hessian: float32 `[in, in]`, mean of `x x^T`.
+        tokens: T, of which it is the mean.
+        damp: As in `quantize_weight`.
+
+    Returns:
+        None where the Hessian is of no use.
+    """
+    factors, _ = _factor(hessian, hessian.diagonal().argsort(descending=True, stable=True), damp)
+    if factors is None:
+        return None
+    later = torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
+    factors.residual.div_((1 - later / tokens).clamp_(min=LEAST_LEFT))
+    return _in_place(factors)
+
+
+def _in_place(factors: _Factors) -> Tensor:
+    """The residuals, back in the weight's own order of columns."""
+    return torch.empty_like(factors.residual).index_copy_(0, factors.order, factors.residual)
 
 
 def _factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[_Factors | None, str]:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lowbit.errors import LowbitError
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lowbit.target import Target
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Native = Annotated[
     bool,
     typer.Option("--native", help="On a CPU: kernels in C, compiled once by your compiler (AVX-512 VNNI)."),
+]
+TargetBpw = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        help="Choose bits and group size per layer, for so many bits per quantized weight.",
+        show_default=False,
+    ),
+]
+TargetSize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="The same, for weight files of this size (3.9GB), embeddings included.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -31,3 +48,32 @@ def open_console(as_json: bool = False) -> Console:
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def target_of(
+    bits_per_weight: float | None, size: str | None, bits: int | None, group_size: str
+) -> Target | None:
+    """The target that the options name; None where there is none.
+
+    Raises:
+        LowbitError: both kinds at once, or what `Target` refuses.
+    """
+    if bits_per_weight is None and size is None:
+        return None
+    from lowbit.checkpoint import parse_size
+    from lowbit.target import Target
+
+    group = None if group_size == "auto" else group_size_of(group_size)
+    return Target(bits_per_weight, None if size is None else parse_size(size), bits, group)
+
+
+def group_size_of(text: str) -> int:
+    """A group size.
+
+    Raises:
+        LowbitError: it is no number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise LowbitError(f"--group-size {text!r} is not a number: use 128, 64, 32, -1 or auto") from None

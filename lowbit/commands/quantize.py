@@ -11,13 +11,24 @@ from typing import Annotated, Optional
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.commands.options import (
+    AsJson,
+    Device,
+    Model,
+    TargetBpw,
+    TargetSize,
+    group_size_of,
+    open_console,
+    print_json,
+    target_of,
+)
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 EXAMPLES = (
     "lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",
     "lowbit quantize ./my-model --output my-model-w4 --dataset train.jsonl --group-size 64",
+    "lowbit quantize ./my-model --output my-model-mixed --target-size 3.9GB",
     "lowbit quantize model.gguf --output model-w8 --method rtn --bits 8",
     "lowbit quantize ./my-model --output my-model-w8a8 --activation-bits 8",
     "lowbit quantize ./my-model --output my-model-awq --method awq --asymmetric --format awq",
@@ -73,12 +84,16 @@ def run(
     bits: Annotated[
         Optional[int],  # noqa: UP045  (typer reads this at run time on Python 3.10)
         typer.Option(
-            help="Bits per weight: 2, 3, 4 or 8. Default: 4, or 8 with --activation-bits.", show_default=False
+            help="Bits per weight: 2, 3, 4 or 8. Default: 4, or 8 with --activation-bits. With a target: the "
+            "fewest that may be used.",
+            show_default=False,
         ),
     ] = None,
     group_size: Annotated[
         str, typer.Option(help="Input columns per scale; -1: the whole row; auto: 128, 64 or 32.")
     ] = "auto",
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
     activation_bits: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -141,7 +156,10 @@ def run(
 
     console = open_console(as_json)
     auto_group = group_size == "auto" and activation_bits is None
-    scheme = _scheme(bits, group_size, symmetric, activation_bits)
+    target = target_of(target_bpw, target_size, bits, group_size)
+    if target and (activation_bits or not symmetric):
+        raise LowbitError(f"{target.option} mixes symmetric weight-only schemes: drop the other option")
+    scheme = None if target else _scheme(bits, group_size, symmetric, activation_bits)
     with stopped(), progress_bar(console) as progress:
         report = quantize(
             model,
@@ -157,6 +175,7 @@ def run(
             skip=skip or (),
             head_bits=head_bits,
             auto_group=auto_group,
+            within=target,
             device=device,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -200,12 +219,5 @@ def _scheme(bits: int | None, group_size: str, symmetric: bool, activation_bits:
         usual_bits, usual_group = 4, 128
     else:
         usual_bits, usual_group = 8, WHOLE_ROW
-    group = usual_group if group_size == "auto" else _group_size(group_size)
+    group = usual_group if group_size == "auto" else group_size_of(group_size)
     return QuantScheme(usual_bits if bits is None else bits, group, symmetric, activation_bits)
-
-
-def _group_size(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise LowbitError(f"--group-size {text!r} is not a number: use 128, 64, 32, -1 or auto") from None

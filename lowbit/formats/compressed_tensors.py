@@ -117,6 +117,14 @@ def warnings(schemes: Mapping[str, QuantScheme], shapes: Mapping[str, tuple[int,
     return lines
 
 
+def stored_bytes(shape: tuple[int, int], scheme: QuantScheme) -> int:
+    """Bytes of the tensors of one layer `(out, in)` with weights only."""
+    (out_features, in_features), groups = shape, scheme.num_groups(shape[1])
+    zeros = 0 if scheme.symmetric else 4 * packing.num_words(out_features, scheme.bits) * groups
+    codes = 4 * packing.num_words(in_features, scheme.bits) * out_features
+    return codes + SCALE_DTYPE.itemsize * out_features * groups + zeros + 2 * torch.int64.itemsize
+
+
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of one layer; see the module docstring for shapes.
 
