@@ -94,7 +94,8 @@ def test_what_is_carried_on_is_mended(
         cpu, told = torch.device("cpu"), lambda *told: None
         for _ in BlockQuantizer(source, plan, stream, "qronos", torch.bfloat16, cpu, told):
             pass
-        own, twins = torch.cat(stream.hidden[:9]), torch.cat(stream.hidden[10:])  # type: ignore[arg-type]
+        hidden = [stream.hidden[number] for number in range(19)]
+        own, twins = torch.cat(hidden[:9]), torch.cat(hidden[10:])  # type: ignore[arg-type]
         return float((own - twins).square().mean() / twins.square().mean())
 
     folder = tiny_model("llama")
