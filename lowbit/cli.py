@@ -7,15 +7,12 @@ Every refusal is one line on stderr and exit code 2; a failed verification is ex
 
 from __future__ import annotations
 
-import _thread
-import signal
 import sys
-import threading
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lowbit import __version__
+from lowbit import __version__, interruption
 from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, plan, push, quantize
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 
@@ -77,42 +74,40 @@ def _overview() -> str:
     return "\n".join([*lines, "lowbit doctor what works on this machine."])
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    sys.exit(128 + signum)  # an exception, so that scratch folders are removed
-
-
-def _deliver_again(lost: Any) -> None:
-    """Repeat a signal that came inside a destructor or a callback, where Python drops exceptions."""
-    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
-    if number is None:
-        sys.__unraisablehook__(lost)
-    else:
-        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
-
-
 def main() -> None:
     """Entry point of the `lowbit` command."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _deliver_again
+    interruption.listen()
     try:
         code = app(prog_name="lowbit", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: nothing was left behind", INTERRUPTED)
+        _interrupted()
     except Stopped as stopped:
         _fail(str(stopped), stopped.code)
-    except LowbitError as error:
-        _fail(str(error), 2)
-    except OSError as error:  # a full disk, a folder that may not be read
-        _fail(str(error), 2)
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
-            _fail(_usage(error), error.exit_code)
-        if type(error).__name__ == "VerificationError":
-            _fail(str(error), 1)
-        raise
+        _failed(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(error: Exception) -> None:
+    """One line and an exit code for what the user can mend; the traceback of anything else."""
+    signalled = interruption.received()
+    if isinstance(signalled, KeyboardInterrupt):
+        _interrupted()
+    if signalled is not None:
+        raise signalled from None
+    if isinstance(error, LowbitError | OSError):  # OSError: a full disk, a folder that may not be read
+        _fail(str(error), 2)
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
+        _fail(_usage(error), error.exit_code)
+    if type(error).__name__ == "VerificationError":
+        _fail(str(error), 1)
+    raise error
+
+
+def _interrupted() -> NoReturn:
+    _fail("interrupted: nothing was left behind", INTERRUPTED)
 
 
 def _usage(error: Any) -> str:
@@ -121,7 +116,7 @@ def _usage(error: Any) -> str:
     return f"{message} (see {error.ctx.command_path} --help)" if message and error.ctx else message
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     if message:  # empty where click has shown the help instead
         print(f"lowbit: {message}", file=sys.stderr)
     sys.exit(code)

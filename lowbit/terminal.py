@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lowbit import interruption
 from lowbit.blocks import Progress as ProgressCallback
 from lowbit.comparison import Comparison
 from lowbit.evaluate import Result
@@ -54,6 +55,7 @@ def progress_bar(console: Console) -> Iterator[ProgressCallback]:
         tasks = {}
 
         def show(stage: str, done: int, total: int, detail: str) -> None:
+            interruption.check()
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total, detail=detail)
             bar.update(tasks[stage], completed=done, total=total, detail=detail)
@@ -66,6 +68,7 @@ def _plain_lines(console: Console) -> ProgressCallback:
 
     def show(stage: str, done: int, total: int, detail: str) -> None:
         nonlocal last
+        interruption.check()
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             console.print(f"{stage} {done}/{total}  {detail}", markup=False, highlight=False, soft_wrap=True)

@@ -10,13 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lowbit
-from lowbit import cli
+from lowbit import cli, interruption
+from lowbit.errors import LowbitError
+from lowbit.shard import Shard
 from tests.refused import Refused
 from tests.tiny import TEXT
 
@@ -167,10 +171,43 @@ def test_an_interruption_inside_a_destructor_is_not_lost(monkeypatch: pytest.Mon
         def __del__(self) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "unraisablehook", cli._deliver_again)
+    monkeypatch.setattr(sys, "unraisablehook", interruption._deliver_again)
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         Interrupted()
         time.sleep(10)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("error", [ValueError("not a tensor"), LowbitError("get a sound copy"), None])
+def test_an_interruption_that_a_library_swallows(
+    tiny_model: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None, number: signal.Signals, code: int,
+) -> None:  # fmt: skip
+    """Compiled code drops the exception, and goes on (None) or reports an error of its own."""
+    add = Shard.add
+
+    def swallow(*arguments: Any, **named: Any) -> Any:
+        with suppress(KeyboardInterrupt, SystemExit):
+            signal.raise_signal(number)
+        if error is not None:
+            raise error
+        return add(*arguments, **named)
+
+    monkeypatch.setattr(Shard, "add", swallow)
+    monkeypatch.setattr(interruption, "_received", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    output = tmp_path / "out"
+    command = ["lowbit", "quantize", str(tiny_model("llama")), "-o", str(output), "--effort", "fast"]
+    monkeypatch.setattr(sys, "argv", command)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert ended.value.code == code
+    assert not output.exists()
 
 
 def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:

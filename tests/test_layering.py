@@ -23,6 +23,7 @@ MAX_FUNCTION_LINES = 60
 LEVELS = {
     "errors": 0,
     "effort": 0,
+    "interruption": 0,
     "scheme": 1,
     "packing": 1,
     "shard": 1,

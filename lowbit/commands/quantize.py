@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lowbit import interruption
 from lowbit.commands.options import (
     AsJson,
     Device,
@@ -202,10 +203,11 @@ def stopped() -> Iterator[None]:
         if kept is None:
             raise
         reason, code = str(error), 2
-        if isinstance(error, KeyboardInterrupt):
+        cause = interruption.received() or error
+        if isinstance(cause, KeyboardInterrupt):
             reason, code = "interrupted", INTERRUPTED
-        elif isinstance(error, SystemExit):
-            reason, code = "terminated", int(error.code or 0)
+        elif isinstance(cause, SystemExit):
+            reason, code = "terminated", int(cause.code or 0)
         raise Stopped(
             f"{reason}; what is done is kept in {kept}: run the same command to continue, "
             "add --restart to start over",
