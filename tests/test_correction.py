@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit import QuantScheme, correction
 from lowbit.algorithms import CORRECTIONS
 from lowbit.blocks import BlockQuantizer
-from lowbit.calibration import find_groups
+from lowbit.calibration import Moment, find_groups
 from lowbit.formats import FORMATS
 from lowbit.plan import Plan, make_plan
 from lowbit.source import Source
@@ -24,6 +24,7 @@ WRITERS = {
     "llama": {"o_proj", "down_proj"},
     "qwen2": {"o_proj", "down_proj"},
     "phi3": {"o_proj", "down_proj"},
+    "phi": {"dense", "fc2"},
     "gpt2": {"c_proj"},
     "opt": {"out_proj", "fc2"},
     "gemma3": set(),
@@ -102,3 +103,21 @@ def test_what_is_carried_on_is_mended(
     mended = distance()
     monkeypatch.setitem(CORRECTIONS, "qronos", lambda weight, *told: (weight, 0.0))
     assert mended < 0.9 * distance()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_every_token_is_counted_once(
+    family: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where attention and MLP stand side by side (phi), two matrices that write follow each other."""
+    source, plan, stream = opened(tiny_model(family), 3)
+    tokens = stream.batches
+    stream = Stream(source.model, plan.blocks, [*tokens, tokens[0][:1], *tokens])
+    counted = []
+    release = Moment.release
+    monkeypatch.setattr(Moment, "release", lambda self: (counted.append(self.tokens), release(self))[1])
+    quantizer = BlockQuantizer(
+        source, plan, stream, "qronos", torch.bfloat16, torch.device("cpu"), lambda *told: None
+    )
+    next(iter(quantizer))
+    assert set(counted) == {3 * 48}

@@ -64,6 +64,11 @@ TABLE = {
             "mlp.down_proj": "mlp.gate_up_proj",
         },
     ),
+    "phi": Expected(  # attention and MLP side by side, behind one norm
+        "model.layers",
+        [(*QKV, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)],
+        {"self_attn.q_proj": "input_layernorm"},
+    ),
     "gpt2": Expected(  # GELU stands between c_fc and mlp.c_proj
         "transformer.h",
         [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
