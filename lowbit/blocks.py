@@ -158,9 +158,8 @@ class BlockQuantizer:
                     if done not in writers:
                         self._compare_inputs(number, batch, stage, None if writers else originals)
                         continue
-                    carried = self._compare_sums(
-                        number, batch, stages[done:], writers[done], originals, done + 1 not in writers
-                    )
+                    sums = (stages[done:], writers[done], done + 1 not in writers)
+                    carried = self._compare_sums(number, batch, *sums, originals)
                     if done + 1 == len(stages):  # nothing was silent: it is the original's own output
                         self.stream.hidden[twins[batch]] = carried
             steps = self._probe * (done + 1) // len(stages) - self._probe * done // len(stages)
@@ -191,17 +190,12 @@ class BlockQuantizer:
                 group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
 
     def _compare_sums(
-        self,
-        number: int,
-        batch: int,
-        stages: Sequence[Sequence[Group]],
-        factor: float,
+        self, number: int, batch: int, stages: Sequence[Sequence[Group]], factor: float, both: bool,
         originals: Originals,
-        next_too: bool,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """What the first of `stages`, which writes, lacks: the sum behind it, beside the original's.
 
-        The stage after it is observed on the way, `next_too`. Returns the original's sum.
+        Where `both`, the stage after it is observed on the way. Returns the original's sum.
         """
         with originals:
             _, wanted = correction.sum_behind(self.stream, number, self._probe + 1 + batch, stages)
@@ -209,7 +203,7 @@ class BlockQuantizer:
         group = stages[0][0]
         lacking = (wanted.float() - found.float()).flatten(0, -2) / factor
         group.lacks(seen[group.matrices[0]], lacking, batch == self._probe - 1)
-        for other in (group for stage in stages[1 : 1 + next_too] for group in stage):
+        for other in (group for stage in stages[1 : 1 + both] for group in stage):
             if other.matrices[0] in seen:
                 other.moment.add(seen[other.matrices[0]])
         return wanted
