@@ -10,8 +10,10 @@ layout of one implementation:
     triton   the checkpoint's own tensor too: rows are what the tensor cores want
 
 `prepare` picks one, once. oneDNN is only trusted where it gave the right answer to a product that makes
-16-bit sums overflow, which is what CPUs without VNNI compute with. Its output is rounded to bfloat16
-before and after it takes the scale of its row; everything else is rounded once.
+16-bit sums overflow, which is what CPUs without VNNI compute with, and gave it at once. It is handed codes
+of activations as unsigned bytes, 128 too large, which it takes off again, exactly: for signed ones it has
+no kernel on AMD's Zen 4, and its reference takes thousands of times as long. Its output is rounded to
+bfloat16 before and after it takes the scale of its row; everything else is rounded once.
 
 The op is opaque to `torch.compile`. The gradient of the activations is that of the dense weight: rounding
 counts as the identity.
@@ -20,7 +22,9 @@ counts as the identity.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -37,6 +41,10 @@ _ROWS_AT_ONCE = 2**22
 """Codes of a plain weight that are made float32 at a time."""
 _TILE = 2**17
 """Activations that are rounded at a time: what passes over them stays in a second-level cache."""
+_MIDDLE = 128
+"""What oneDNN takes off the codes of activations: its fast products are of unsigned by signed bytes."""
+_REFERENCE = 50
+"""Times a float32 product's time, between a kernel's (below 1) and the reference's (thousands)."""
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 _LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
@@ -83,7 +91,7 @@ def prepare(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Operand:
     """
     out_features, in_features = codes.shape
     layout, kept = PLAIN, codes
-    if codes.device.type == "cpu" and onednn_is_exact():
+    if codes.device.type == "cpu" and onednn_is_good():
         layout, kept = ONEDNN, torch.ops.onednn.qlinear_prepack(codes, None)
     elif codes.device.type == "cuda" and _has_kernel(codes.device, dtype):
         layout = TRITON
@@ -91,16 +99,30 @@ def prepare(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Operand:
 
 
 @cache
-def onednn_is_exact() -> bool:
-    """Does this machine's oneDNN multiply int8 without overflow?"""
-    x = torch.full((4, 96), LARGEST, dtype=torch.int8)
-    weight = torch.full((32, 96), -128, dtype=torch.int8)
+def onednn_is_good() -> bool:
+    """Does this machine's oneDNN multiply int8 without overflow, and by a kernel and not by its reference?
+
+    Where it has no kernel for a product it takes seconds over what float32 does in a millisecond.
+    """
+    x = torch.full((16, 512), LARGEST + _MIDDLE, dtype=torch.uint8)
+    weight = torch.full((512, 512), -128, dtype=torch.int8)
     try:
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        product = _onednn(x, packed, torch.ones(32), torch.float32)
+        product = _onednn(x, packed, torch.ones(512), torch.float32)
+        seconds = _cpu_seconds(lambda: _onednn(x, packed, torch.ones(512), torch.float32))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    return bool((product == 96.0 * LARGEST * -128).all())
+    rows, columns = x.float(), weight.T.float()
+    slow = seconds > _REFERENCE * _cpu_seconds(lambda: rows @ columns)
+    return not slow and bool((product == 512.0 * LARGEST * -128).all())
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    """Of a second run."""
+    run()
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -160,7 +182,7 @@ class _Last(threading.local):
         self._memory: dict[str, Tensor] = {}
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[rows, in]` and scales `[rows, 1]`; overwritten by the next call for another tensor."""
+        """Codes + 128, uint8 `[rows, in]`, scales `[rows, 1]`; overwritten by the call for another tensor."""
         known = not x.is_inference()  # these count no versions
         if known and self._found and self._x is not None and self._x() is x and self._version == x._version:
             return self._found
@@ -187,7 +209,7 @@ def _quantize(rows: Tensor, memory: _Last) -> tuple[Tensor, Tensor]:
     """
     count, width = rows.shape
     pattern = _BITS[rows.dtype]
-    codes = memory.take("codes", (count, width), torch.int8)
+    codes = memory.take("codes", (count, width), torch.uint8)
     scales = torch.empty(count, 1, dtype=torch.bfloat16)
     step = max(1, _TILE // width)
     rows = rows.contiguous()
@@ -199,7 +221,8 @@ def _quantize(rows: Tensor, memory: _Last) -> tuple[Tensor, Tensor]:
         largest = magnitude.amax(-1, keepdim=True).view(rows.dtype).float()
         scale = largest.div_(LARGEST).bfloat16().clamp_(min=TINY)
         wide = memory.take("wide", shape, torch.float32).copy_(part)
-        codes[start : start + step].copy_(wide.mul_(scale.float().reciprocal_()).round_())
+        signed = codes[start : start + step].view(torch.int8)
+        signed.copy_(wide.mul_(scale.float().reciprocal_()).round_()).bitwise_xor_(-_MIDDLE)
         scales[start : start + step] = scale
     return codes, scales
 
@@ -220,7 +243,7 @@ def _multiply(
 
 def _onednn(x: Tensor, packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     product: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        x, 1.0, 0, packed, scales, _zeros(len(scales)), None, 1.0, 0, dtype, "none", [], ""
+        x, 1.0, _MIDDLE, packed, scales, _zeros(len(scales)), None, 1.0, 0, dtype, "none", [], ""
     )
     return product
 

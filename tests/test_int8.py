@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def test_onednn_is_used_where_it_is_exact() -> None:
-    assert operands(*weight(8, 32))[1].layout == (int8.ONEDNN if int8.onednn_is_exact() else int8.PLAIN)
+def test_onednn_is_used_where_it_is_good() -> None:
+    assert operands(*weight(8, 32))[1].layout == (int8.ONEDNN if int8.onednn_is_good() else int8.PLAIN)
+
+
+@pytest.mark.parametrize("spoil", ["slow", "wrong", "absent"])
+def test_onednn_is_not_used_where_it_is_not(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = int8._onednn
+
+    def spoiled(*args: Any) -> Tensor:
+        if spoil == "absent":
+            raise NotImplementedError
+        for _ in range(2000 if spoil == "slow" else 0):
+            real(*args)
+        return real(*args) + (1 if spoil == "wrong" else 0)
+
+    monkeypatch.setattr(int8, "_onednn", spoiled)
+    assert not int8.onednn_is_good.__wrapped__()
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
@@ -78,8 +94,10 @@ def test_many_columns_stay_exact() -> None:
 def test_the_fast_rounding_is_the_specification(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape).mul_(torch.logspace(-6, 4, shape[0]).unsqueeze(-1)).to(dtype)
     x[0] = 0
-    for found, expected in zip(int8._quantize(x, int8._Last()), quantize_rows(x), strict=True):
-        assert torch.equal(found, expected)
+    found, scales = int8._quantize(x, int8._Last())
+    expected = quantize_rows(x)
+    assert torch.equal(found.int() - 128, expected[0].int())
+    assert torch.equal(scales, expected[1])
     assert (round_rows(x)[0] == 0).all()
 
 
