@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
+from lowbit.untrusted import NEVER_TRUSTED
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = (
@@ -74,7 +75,7 @@ def _loaded(folder: Path) -> dict[str, Any]:
     """`tokenizer.json` as transformers runs it: some of its classes put in a splitting of their own."""
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, **NEVER_TRUSTED)
         return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0]

@@ -99,7 +99,7 @@ def _load_dense(
     try:
         with quiet():
             with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
+                skeleton = AutoModelForCausalLM.from_config(config, **NEVER_TRUSTED)
             transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
             state = dict(dense_tensors(folder, fmt, quantization, transposed))
             loaded = type(skeleton).from_pretrained(

@@ -87,7 +87,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with quiet(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_config(config, **NEVER_TRUSTED)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error

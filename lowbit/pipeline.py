@@ -35,6 +35,7 @@ from lowbit.road import Road
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
 from lowbit.target import Target, require_room
+from lowbit.untrusted import NEVER_TRUSTED
 from lowbit.work import Work, open_work
 
 
@@ -322,7 +323,7 @@ def _find(
         model.save_pretrained(folder)
         if tokenizer is None:
             try:
-                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **NEVER_TRUSTED)
             except (OSError, ValueError):
                 raise LowbitError(
                     "the model has no folder to take its tokenizer from: pass tokenizer="

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lowbit import hf
 from lowbit.errors import LowbitError
 from lowbit.source import Source
+from lowbit.untrusted import NEVER_TRUSTED
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ class StockReader(Written):
     """Read by transformers and compressed-tensors alone."""
 
     def _read_config(self) -> PretrainedConfig:
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **NEVER_TRUSTED)
         self.quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
         self.quantizer.validate_environment()
         del config.quantization_config
@@ -89,7 +90,7 @@ class OwnReader(Written):
         if fmt is None:
             raise LowbitError(f"{self.folder} is in no format that lowbit reads")
         self._fmt = fmt
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **NEVER_TRUSTED)
         del config.quantization_config
         return config
 

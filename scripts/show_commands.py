@@ -31,10 +31,9 @@ STEPS = [
     ("What works here", "`no` is what this machine lacks, with what to do about it.", ["lowbit doctor"]),
     (
         "Quantize",
-        "GPTQ with few samples, to be quick; the default takes minutes and is better.",
+        "Few samples, to be quick; the default number takes minutes and is better.",
         [
-            "lowbit quantize {model} --output smollm2-w4 --method gptq --samples 8 --seq-len 256 "
-            "--dataset {calibration}",
+            "lowbit quantize {model} --output smollm2-w4 --samples 32 --seq-len 256 --dataset {calibration}",
             "lowbit quantize {model} --output smollm2-w8 --method rtn --bits 8",
         ],
     ),
@@ -44,6 +43,11 @@ STEPS = [
         ["lowbit eval smollm2-w4 --reference {model} --dataset {text} --seq-len 256 --windows 8"],
     ),
     ("See what is in it", "", ["lowbit inspect smollm2-w4"]),
+    (
+        "Bits where they matter",
+        "What `lowbit quantize` would choose for such a target.",
+        ["lowbit plan {model} --target-bpw 4.5 --dataset {calibration}"],
+    ),
     (
         "Use it",
         "",
