@@ -36,9 +36,10 @@ def plain_gptq(**changes: Any) -> SimpleNamespace:
 
 STEPS: dict[str, dict[str, Any]] = {
     "round to nearest, min-max": {"effort": "fast"},
-    "GPTQ, columns in order": {"without": {"act_order": False, "shrinks": ()}},
-    "+ large inputs first, groups static": {"without": {"shrinks": ()}},
-    "+ ranges chosen by the residual of LDLᵀ": {"method": "gptq"},
+    "GPTQ, columns in order": {"without": {"act_order": False, "shrinks": (), "rounds": 0}},
+    "+ large inputs first, groups static": {"without": {"shrinks": (), "rounds": 0}},
+    "+ ranges chosen by the residual of LDLᵀ": {"without": {"rounds": 0}},
+    "+ codes and scales gone over again": {"method": "gptq"},
     "+ corrected for the layers before (`balanced`)": {"effort": "balanced"},
     "+ scales and norms trained (`high`)": {"effort": "high"},
     "+ on more rows, twice (`max`)": {"effort": "max"},

@@ -49,6 +49,7 @@ LEVELS = {
     "formats.gguf": 4,
     "formats": 6,
     "algorithms.rtn": 4,
+    "algorithms.descent": 4,
     "algorithms.gptq": 5,
     "algorithms.awq": 5,
     "algorithms.smooth": 4,

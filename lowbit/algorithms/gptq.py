@@ -17,6 +17,8 @@ Memory runs along a column: everything is held transposed, `[in, out]`, so that 
 earlier columns is one matrix-vector product over contiguous rows inside a block and one matrix
 product per block for all that came before it. The block size moves work between the two and
 changes nothing else. Rows never meet: weights that share an input may be stacked and split after.
+
+What comes out is gone over again by coordinate descent (`descent.py`), which GPTQ's one pass leaves room for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowbit import grid
-from lowbit.algorithms import rtn
+from lowbit.algorithms import descent, rtn
 from lowbit.errors import LowbitError
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
@@ -46,6 +48,7 @@ def quantize_weight(
     damp: float = 0.03,
     act_order: bool = True,
     shrinks: tuple[float, ...] = grid.SHRINKS,
+    rounds: int = 2,
     block_size: int = 128,
 ) -> tuple[QuantizedWeight, str]:
     """Round `weight` so that the error of its output, not its own, is small.
@@ -59,6 +62,7 @@ def quantize_weight(
         act_order: Round the columns with the largest inputs first. Scales come from the original
             weight, so that groups stay runs of neighbouring columns and nothing is paid at run time.
         shrinks: Factors on a group's range, tried besides 1 when its scale is searched.
+        rounds: How often scales are fitted to the codes, and codes chosen again (`descent.py`); 0: never.
         block_size: Columns per matrix product; speed only.
 
     Returns:
@@ -85,7 +89,12 @@ def quantize_weight(
         weight, scheme, scale_dtype, lambda errors: errors.square_().mul_(by_group).sum(-1), shrinks
     )
     codes = _round_columns(weight, factors, scales, zeros, scheme, block_size)
-    return QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme), note
+    rounded = QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme)
+    ridge = factors.ridge
+    del factors  # a matrix of the Hessian's size
+    if rounds:
+        rounded = descent.descend(weight, hessian, rounded, ridge=ridge, rounds=rounds, block_size=block_size)
+    return rounded, note
 
 
 @dataclass(frozen=True)
@@ -98,11 +107,13 @@ class _Factors:
             column k takes over.
         residual: float32 `[in]`, `D`: what the error of a column costs once the columns after it
             have taken over what they can.
+        ridge: What the damping has added to the diagonal.
     """
 
     order: Tensor
     feedback: Tensor
     residual: Tensor
+    ridge: float
 
 
 def residuals(hessian: Tensor, tokens: int, damp: float = 0.03) -> Tensor | None:
@@ -159,7 +170,7 @@ def _factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[_Factors | Non
     feedback /= pivots[:, None]
     residual = pivots.square().masked_fill_(~alive[order], 0)  # dead columns have no say in a scale
     note = "" if strength == damp else f"damping raised from {damp:g} to {strength:g}"
-    return _Factors(order, feedback, residual), note
+    return _Factors(order, feedback, residual, strength * float(mean)), note
 
 
 def _round_columns(

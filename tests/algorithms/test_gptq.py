@@ -43,7 +43,7 @@ def rows_that_agree(a: Tensor, b: Tensor) -> float:
 def test_equals_the_textbook(scheme: QuantScheme, act_order: bool) -> None:
     weight, hessian = random_weight(64, 96), second_moment(correlated_inputs(96))
     quantized, note = gptq.quantize_weight(
-        weight, hessian, scheme, torch.bfloat16, damp=0.05, act_order=act_order, block_size=40
+        weight, hessian, scheme, torch.bfloat16, damp=0.05, act_order=act_order, rounds=0, block_size=40
     )
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(96))
     expected = textbook(weight, hessian, 0.05, order, quantized)
@@ -59,11 +59,15 @@ def test_equals_the_textbook(scheme: QuantScheme, act_order: bool) -> None:
 def test_white_inputs_leave_nothing_to_compensate(scheme: QuantScheme, act_order: bool) -> None:
     weight, identity = random_weight(9, 96), torch.eye(96)
     nearest, _ = rtn.quantize_weight(weight, None, scheme, torch.bfloat16)
-    plain, _ = gptq.quantize_weight(weight, identity, scheme, torch.bfloat16, act_order=act_order, shrinks=())
+    plain, _ = gptq.quantize_weight(
+        weight, identity, scheme, torch.bfloat16, act_order=act_order, shrinks=(), rounds=0
+    )
     for name in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(plain, name), getattr(nearest, name))
 
-    searched, _ = gptq.quantize_weight(weight, identity, scheme, torch.bfloat16, act_order=act_order)
+    searched, _ = gptq.quantize_weight(
+        weight, identity, scheme, torch.bfloat16, act_order=act_order, rounds=0
+    )
     scales, zeros = grid.search_params(weight, scheme, torch.bfloat16, lambda errors: errors.square().sum(-1))
     assert torch.equal(searched.scales.float(), scales)
     assert torch.equal(searched.codes, grid.quantize(weight, scales, zeros, scheme))
@@ -76,7 +80,9 @@ def test_white_inputs_leave_nothing_to_compensate(scheme: QuantScheme, act_order
 def test_block_size_changes_nothing(scheme: QuantScheme, act_order: bool) -> None:
     weight, hessian = random_weight(60, 192), second_moment(correlated_inputs(192))
     results = [
-        gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16, act_order=act_order, block_size=size)[0]
+        gptq.quantize_weight(
+            weight, hessian, scheme, torch.bfloat16, act_order=act_order, rounds=0, block_size=size
+        )[0]
         for size in (1, 7, 32, 100, 5000)
     ]
     for other in results[1:]:
