@@ -11,7 +11,8 @@ and groups of 32 ... 256 columns. Every scheme is brought to that:
 
 - Groups are cut into the largest the kernel knows; they must be a multiple of 32 wide.
 - 2 and 3 bits: `code - zero + 8` fits four bits, which is exact.
-- 4 bits: `zero = (8 - zeros) * scale`; 0 on a symmetric grid, else rounded to bfloat16.
+- 4 bits: `zero = (8 - zeros) * scale`; 0 on a symmetric grid, else rounded to bfloat16. Dequantized tiles
+  undo that rounding, the kernel does not.
 - 8 bits: `16 * high + low`, two codes of four bits. The row becomes twice as long, the activations
   are repeated, and one accumulator sums both halves. The two zeros hold what one would round off.
 
@@ -194,8 +195,10 @@ def _dense(tiles: Tensor, scales: Tensor, planes: int, dtype: torch.dtype) -> Te
     in_features, groups = 2 * tiles.shape[1] // planes, scales.shape[0] // planes
     pairs = scales.unflatten(1, (-1, *shape)).unflatten(0, (planes, groups)).float()
     factors = pairs[-1, ..., 0].contiguous()
-    # Digits are not centred: `code * scale + (zero - middle * scale)` has no rounding error in float32.
-    zeros = pairs[..., 1].sum(0) - factors * (_MIDDLE if planes == 1 else 17 * _MIDDLE)
+    # A zero is a whole number of scales, rounded to bfloat16: divided it is that number again. Digits are
+    # not centred: `code * scale + (number - middle) * scale` has no rounding error in float32.
+    number = (pairs[..., 1].sum(0) / factors).nan_to_num_(0, 0, 0).round_()
+    zeros = factors * number.sub_(_MIDDLE if planes == 1 else 17 * _MIDDLE)
     octets = tiles.view(-1, planes, in_features, rows // 2)
     low, high = (_scratch.take(name, octets.shape, torch.uint8) for name in ("low", "high"))
     values = _scratch.take("values", (len(octets), in_features, rows // 2), torch.float32)

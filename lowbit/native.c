@@ -8,7 +8,9 @@
    (vpdpbusd) and exact. Four columns of a row must lie in one lane: two byte shuffles put them there.
    What limits it is then the memory that it reads.
 
-   dequantize: bfloat16 [columns, rows], for a dense product. */
+   dequantize: bfloat16 [columns, rows], for a dense product.
+
+   dense: a row times a bfloat16 matrix, where the processor multiplies bfloat16 (vdpbf16ps). */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -183,7 +185,10 @@ void lowbit_dequantize(const uint8_t *tiles, const uint16_t *scales, uint16_t *o
           scale_and_zero(pairs + groups * rows * 2, i, &scale[i], &zero[i]);
           zero[i] = _mm512_add_ps(zero[i], first);
         }
-        zero[i] = _mm512_fnmadd_ps(scale[i], _mm512_set1_ps(planes == 2 ? 136.0f : 8.0f), zero[i]);
+        /* A whole number of scales, rounded to bfloat16: divided it is that number again. */
+        __mmask16 scaled = _mm512_cmp_ps_mask(scale[i], _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        __m512 number = _mm512_roundscale_ps(_mm512_maskz_div_ps(scaled, zero[i], scale[i]), 0);
+        zero[i] = _mm512_mul_ps(_mm512_sub_ps(number, _mm512_set1_ps(planes == 2 ? 136.0f : 8.0f)), scale[i]);
       }
       for (int64_t k = g * group; k < (g + 1) * group; k++) {
         uint16_t *to = out + (k * blocks + block) * BLOCK;
@@ -205,3 +210,41 @@ void lowbit_dequantize(const uint8_t *tiles, const uint16_t *scales, uint16_t *o
     }
   }
 }
+
+#ifdef __AVX512BF16__
+static float dot(const uint16_t *x, const uint16_t *weight, int64_t columns) {
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t k = 0;
+  for (; k + 64 <= columns; k += 64) {
+    for (int i = 0; i < 2; i++) {
+      _mm_prefetch((const char *)(weight + k + 32 * i) + AHEAD, _MM_HINT_T0);
+      __m512i w = _mm512_loadu_si512(weight + k + 32 * i), v = _mm512_loadu_si512(x + k + 32 * i);
+      sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)w, (__m512bh)v);
+    }
+  }
+  for (; k < columns; k += 32) {
+    __mmask32 inside = columns - k >= 32 ? 0xffffffff : ((__mmask32)1 << (columns - k)) - 1;
+    __m512i w = _mm512_maskz_loadu_epi16(inside, weight + k), v = _mm512_maskz_loadu_epi16(inside, x + k);
+    sums[0] = _mm512_dpbf16_ps(sums[0], (__m512bh)w, (__m512bh)v);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+}
+
+/* out [rows] = weight [rows, columns] times x [columns], plus bias if there is one. */
+void lowbit_dense(const uint16_t *x, const uint16_t *weight, const uint16_t *bias, uint16_t *out, int64_t rows,
+                  int64_t columns, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t first = 0; first < rows; first += 16) {
+    float sums[16] = {0};
+    int64_t count = rows - first < 16 ? rows - first : 16;
+    for (int64_t i = 0; i < count; i++) sums[i] = dot(x, weight + (first + i) * columns, columns);
+    __mmask16 inside = (__mmask16)((1 << count) - 1);
+    __m512 total = _mm512_loadu_ps(sums);
+    if (bias) {
+      __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, bias + first));
+      total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+    }
+    _mm256_mask_storeu_epi16(out + first, inside, narrow(total));
+  }
+}
+#endif

@@ -26,7 +26,9 @@ from lowbit.errors import LowbitError
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi")
-_FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", *(f"-m{name.replace('_', '')}" for name in _NEEDED))
+_USED = ("avx512_bf16",)
+"""What the dense product needs besides."""
+_FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp")
 _library: ctypes.CDLL | None = None
 
 
@@ -62,6 +64,11 @@ def enabled() -> bool:
     return _library is not None
 
 
+def has_dense() -> bool:
+    """Are they in use, and is `dense` among them?"""
+    return _library is not None and hasattr(_library, "lowbit_dense")
+
+
 def matvec(
     x: Tensor, tiles: Tensor, scales: Tensor, group: int, out_features: int, bias: Tensor | None
 ) -> Tensor:
@@ -88,6 +95,17 @@ def matvec(
     return out
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`weight @ x + bias`, bfloat16 `[out]`, for `x [in]`; all bfloat16, contiguous. Only if `has_dense`."""
+    assert _library is not None
+    out = x.new_empty(len(weight))
+    _library.lowbit_dense(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        *weight.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def dequantize(tiles: Tensor, scales: Tensor, first: int, group: int, planes: int, out: Tensor) -> None:
     """Write rows `first ...` of the weight, as many as `out` `[in, rows]` bfloat16 has; whole blocks."""
     assert _library is not None
@@ -108,7 +126,9 @@ def _processor() -> set[str]:
 
 def _compile() -> Path:
     """The compiled library, made if it is not in the cache."""
-    content = _SOURCE.read_bytes() + " ".join(_FLAGS).encode()
+    used = (*_NEEDED, *(name for name in _USED if name in _processor()))
+    flags = (*_FLAGS, *(f"-m{name.replace('_', '')}" for name in used))
+    content = _SOURCE.read_bytes() + " ".join(flags).encode()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
     path = cache / f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if path.is_file():
@@ -120,7 +140,7 @@ def _compile() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            command = [compiler, *flags, str(_SOURCE), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -141,4 +161,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.lowbit_matvec.restype = ctypes.c_int
     library.lowbit_dequantize.argtypes = [*[pointer] * 3, *[size] * 5, ctypes.c_int]
     library.lowbit_dequantize.restype = None
+    if hasattr(library, "lowbit_dense"):
+        library.lowbit_dense.argtypes = [*[pointer] * 4, *[size] * 2, ctypes.c_int]
+        library.lowbit_dense.restype = None
     return library

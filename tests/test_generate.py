@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import LowbitError, QuantScheme, hf, speed
+from lowbit import LowbitError, QuantScheme, hf, nn, speed
 from lowbit.cli import app
 from lowbit.nn import DenseLinear
 
@@ -97,7 +97,9 @@ def test_weight_bytes_counts_what_is_multiplied(checkpoint: Callable[..., Path])
     assert speed.weight_bytes(packed) in (codes + pairs + 2 * rest, codes + pairs + blocks + 2 * rest)
 
 
-def test_dense_layer_multiplies_a_row_as_linear_does() -> None:
+@pytest.mark.parametrize("way", ["mv", "linear"])
+def test_dense_layer_multiplies_a_row_as_linear_does(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn, "_mv_is_faster", lambda: way == "mv")
     linear = torch.nn.Linear(96, 40).bfloat16()
     layer = DenseLinear.of(linear)
     assert layer.weight is linear.weight

@@ -11,6 +11,7 @@ import torch
 
 import lowbit
 from lowbit import LowbitError, QuantScheme, cpu, native, ops
+from lowbit.nn import DenseLinear
 from lowbit.quantized import QuantizedWeight
 from tests.formats.samples import random_weight
 from tests.packed import assert_same_model
@@ -83,6 +84,45 @@ def test_many_rows_are_those_of_the_tiles_to_the_bit(scheme: QuantScheme) -> Non
     part = torch.empty(384, 128, dtype=torch.bfloat16)
     native.dequantize(tiles, scales, 64, group, planes, part)
     assert torch.equal(part, expected[:, 64:192])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (100, 31), (33, 896), (5, 1000)], ids=str)
+def test_a_dense_row_matches_float64(shape: tuple[int, int], threads: int) -> None:
+    """Memory behind the matrix and the row is NaN: nothing of it may be read into a sum."""
+    if not native.has_dense():
+        pytest.skip("this CPU does not multiply bfloat16")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows, columns = shape
+        held = torch.full((rows * columns + 64,), float("nan")).bfloat16()
+        weight = held[: rows * columns].view(shape).copy_(torch.randn(shape))
+        x = torch.full((columns + 64,), float("nan")).bfloat16()[:columns].copy_(torch.randn(columns))
+        bias = torch.randn(rows).bfloat16()
+        for added in (None, bias):
+            expected = weight.double() @ x.double() + (0 if added is None else added.double())
+            mass = weight.double().abs() @ x.double().abs()
+            found = native.dense(x, weight, added).double()
+            assert ((found - expected).abs() <= 2**-8 * expected.abs() + 2**-20 * mass).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("kernels")
+@torch.no_grad()
+def test_a_dense_head_runs_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.has_dense():
+        pytest.skip("this CPU does not multiply bfloat16")
+    layer = DenseLinear.of(torch.nn.Linear(96, 40, dtype=torch.bfloat16))
+    calls, real = [], native.dense
+    monkeypatch.setattr(native, "dense", lambda *args: calls.append(1) or real(*args))
+    x = torch.randn(1, 1, 96).bfloat16()
+    expected = layer(x.repeat(1, 2, 1))[:, :1]  # two rows take the general product
+    assert not calls
+    torch.testing.assert_close(layer(x), expected)
+    assert calls
 
 
 @pytest.mark.usefixtures("kernels")
