@@ -9,8 +9,8 @@ into the mantissa of a power of two whose last bit is worth 1, they *are* floats
 and `128 + code` in bfloat16, and one exact addition takes off the power and the zero together. The
 float16 form also reads codes four bits up, as `1024 + 16 * code`, and a fused multiply-add divides, which
 saves two of three shifts. bfloat16 has too few mantissa bits for that, and for 8-bit codes it has too few
-altogether: those go through `2**23 + code` in float32, whose upper half is the bfloat16 once the zero is
-off. (The idea is Kim et al., "Who Says Elephants Can't Run", 2022, section 3.3.)
+altogether: seven of their bits go there, and the eighth into the exponent of another number, whose
+difference from the first is `code - 128`, exactly. (The idea is Kim et al., "Who Says Elephants Can't Run", 2022, section 3.3.)
 
 Two spellings of the same values, chosen by `ASM`: inline PTX for NVIDIA, two codes an instruction, and
 plain Triton for everything else.
@@ -84,21 +84,28 @@ _TWO_F16 = tl.constexpr("""{
     sub.f16x2 $0, a, za;
     sub.f16x2 $1, b, zb;
 }""")
+# `128 + seven bits`, less 256 or 128 by the inverted eighth, which is the last bit of the exponent there.
 _TWO_BF16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, power, za, zb;
-    mov.b32 power, 0x4b000000;
-    prmt.b32 za, $3, power, 0x7652;
-    prmt.b32 zb, $5, power, 0x7652;
-    prmt.b32 a, $2, power, 0x7650;
-    prmt.b32 b, $2, power, 0x7651;
-    prmt.b32 c, $2, power, 0x7652;
-    prmt.b32 d, $2, power, 0x7653;
-    sub.rn.f32 a, a, za;
-    sub.rn.f32 b, b, zb;
-    sub.rn.f32 c, c, za;
-    sub.rn.f32 d, d, zb;
-    prmt.b32 $0, a, c, 0x7632;
-    prmt.b32 $1, b, d, 0x7632;
+    .reg .b32 a, b, high, power, minus, za, zb, zah, zbh, ah, bh;
+    mov.b32 power, 0x43004300;
+    mov.b32 minus, 0xbf80bf80;
+    prmt.b32 za, $3, $3, 0x3232;
+    prmt.b32 zb, $5, $5, 0x3232;
+    lop3.b32 zah, za, 0x00800080, power, 0xae;
+    lop3.b32 zbh, zb, 0x00800080, power, 0xae;
+    lop3.b32 za, za, 0x007f007f, power, 0xea;
+    lop3.b32 zb, zb, 0x007f007f, power, 0xea;
+    fma.rn.bf16x2 za, zah, minus, za;
+    fma.rn.bf16x2 zb, zbh, minus, zb;
+    shr.b32 high, $2, 8;
+    lop3.b32 a, $2, 0x007f007f, power, 0xea;
+    lop3.b32 ah, $2, 0x00800080, power, 0xae;
+    lop3.b32 b, high, 0x007f007f, power, 0xea;
+    lop3.b32 bh, high, 0x00800080, power, 0xae;
+    fma.rn.bf16x2 a, ah, minus, a;
+    fma.rn.bf16x2 b, bh, minus, b;
+    fma.rn.bf16x2 $0, za, minus, a;
+    fma.rn.bf16x2 $1, zb, minus, b;
 }""")
 
 
