@@ -13,6 +13,7 @@ and groups of 32 ... 256 columns. Every scheme is brought to that:
 - 2 and 3 bits: `code - zero + 8` fits four bits, which is exact.
 - 4 bits: `zero = (8 - zeros) * scale`; 0 on a symmetric grid, else rounded to bfloat16. Dequantized tiles
   undo that rounding, the kernel does not.
+- A bias is added to the kernel's result, which is rounded before and after; the other ways round once.
 - 8 bits: `16 * high + low`, two codes of four bits. The row becomes twice as long, the activations
   are repeated, and one accumulator sums both halves. The two zeros hold what one would round off.
 
@@ -161,11 +162,13 @@ def matmul(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, bias: Te
             if product.shape[1] != out_features:
                 product = product[:, :out_features].contiguous()
             return (product if bias is None else product.add_(bias)).view(*x.shape[:-1], out_features)
-    product = _multiply_by_tiles(x.reshape(count, in_features), tiles, scales, out_features, planes)
-    return (product if bias is None else product.add_(bias)).view(*x.shape[:-1], out_features)
+    product = _multiply_by_tiles(x.reshape(count, in_features), tiles, scales, out_features, planes, bias)
+    return product.view(*x.shape[:-1], out_features)
 
 
-def _multiply_by_tiles(x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, planes: int) -> Tensor:
+def _multiply_by_tiles(
+    x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, planes: int, bias: Tensor | None
+) -> Tensor:
     product = x.new_empty(x.shape[0], out_features)
     in_native = native.enabled() and x.dtype == torch.bfloat16
     group = planes * x.shape[1] // scales.shape[0]
@@ -179,7 +182,12 @@ def _multiply_by_tiles(x: Tensor, tiles: Tensor, scales: Tensor, out_features: i
             weight = _dense(tiles[part], scales[:, part], planes, x.dtype)
         columns = product[:, part]
         result = _scratch.take("result", (x.shape[0], weight.shape[1]), x.dtype)
-        columns.copy_(torch.mm(x, weight, out=result)[:, : columns.shape[1]])
+        if bias is None:
+            torch.mm(x, weight, out=result)
+        else:  # added before the sum is rounded, as a dense layer does
+            own = torch.nn.functional.pad(bias[part].to(x.dtype), (0, weight.shape[1] - columns.shape[1]))
+            torch.addmm(own, x, weight, out=result)
+        columns.copy_(result[:, : columns.shape[1]])
     return product
 
 

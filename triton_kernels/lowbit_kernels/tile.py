@@ -10,7 +10,8 @@ and `128 + code` in bfloat16, and one exact addition takes off the power and the
 float16 form also reads codes four bits up, as `1024 + 16 * code`, and a fused multiply-add divides, which
 saves two of three shifts. bfloat16 has too few mantissa bits for that, and for 8-bit codes it has too few
 altogether: seven of their bits go there, and the eighth into the exponent of another number, whose
-difference from the first is `code - 128`, exactly. (The idea is Kim et al., "Who Says Elephants Can't Run", 2022, section 3.3.)
+difference from the first is `code - 128`, exactly. (The idea is Kim et al., "Who Says Elephants Can't Run",
+2022, section 3.3.)
 
 Two spellings of the same values, chosen by `ASM`: inline PTX for NVIDIA, two codes an instruction, and
 plain Triton for everything else.
