@@ -80,8 +80,9 @@ class _State:
     def _pull(self, start: int, stop: int) -> Tensor:
         """`H E^T` in some rows, `[stop - start, out]`: half the error's slope, which needs few digits."""
         with bfloat16_products():
-            pull = self.hessian[start:stop] @ self.lacking
-        return pull.add_(self.lacking[start:stop], alpha=self.ridge)
+            pull: Tensor = self.hessian[start:stop] @ self.lacking
+        pull.add_(self.lacking[start:stop], alpha=self.ridge)
+        return pull
 
     def choose_codes(self) -> None:
         """One pass over the columns: for each the code that is best beside the others as they are now."""
