@@ -36,7 +36,8 @@ from torch import Tensor
 from lowbit.algorithms import gptq
 
 NEEDS_HESSIAN = True
-DAMP = 0.1
+DAMP = 0.5
+"""Much of it: what the calibration text alone asks for is not asked for by text of another kind."""
 
 quantize_weight = gptq.quantize_weight
 
