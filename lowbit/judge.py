@@ -130,5 +130,6 @@ def _logit_map(model: PreTrainedModel, probe: Tensor) -> Callable[[Tensor], Tens
         if (candidate(raw) - logits).abs().max() <= 0.02 * logits.abs().max():
             return candidate
     raise LowbitError(
-        f"{type(model).__name__} makes its logits in an unknown way: use --effort balanced for it"
+        f"{type(model).__name__} makes its logits in an unknown way and can't be trained: "
+        "use --effort balanced, without --method qat"
     )

@@ -268,7 +268,8 @@ def _budget(
         return Budget()
     limit = checkpoint.parse_size(max_memory)
     if dial.training:
-        raise LowbitError("--max-memory: training holds the whole model in memory: use --effort balanced")
+        mend = "leave out --method qat" if dial.weights else "use --effort balanced"
+        raise LowbitError(f"--max-memory: training holds the whole model in memory: {mend}")
     if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
         raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
     pages.return_large()
