@@ -28,7 +28,6 @@ OTHERS = ("triton", "gguf", "lm_eval", "peft", "vllm", "sglang", "gptqmodel")
 
 LAYOUTS = {
     "stream": "unpacked at every call (slow)",
-    "tiles": "torch's four-bit kernel",
     "triton": "Triton kernel",
 }
 """What a layout of `ops.py` means to a user; one that is missing here is shown by its name."""
@@ -195,6 +194,9 @@ def check_kernels() -> list[Finding]:
     """Each width of a code multiplied on each device, or why it can't be."""
     import torch
 
+    from lowbit import native
+
+    native.prefer()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     findings = [_try_kernel(name, bits) for name in devices for bits in SUPPORTED_BITS]
     if len(devices) == 1:
@@ -213,11 +215,19 @@ def _try_kernel(device: str, bits: int) -> Finding:
     except Exception as problem:  # whatever a compiler or a driver throws
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         return Finding(name, False, f"fails ({reason})", needed=True)
-    detail = "; ".join([LAYOUTS.get(layout, layout), *(str(one.message) for one in warned)])
+    detail = "; ".join([_means(layout), *(str(one.message) for one in warned)])
     if not error < LARGEST_ERROR:
         wrong = f"{detail}: gives wrong results (relative error {error:.2g}); use another version of torch"
         return Finding(name, False, wrong, needed=True)
     return Finding(name, True, detail, needed=True)
+
+
+def _means(layout: str) -> str:
+    from lowbit import native
+
+    if layout == "tiles":
+        return "C kernel" if native.enabled() else f"torch's four-bit kernel; {native.lacking()}"
+    return LAYOUTS.get(layout, layout)
 
 
 def _product_error(device: torch.device, bits: int) -> tuple[str, float]:

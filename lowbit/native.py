@@ -1,9 +1,9 @@
-"""Opt-in: the CPU's packed products in C (`native.c`), compiled by the system's compiler and kept.
+"""The CPU's packed products in C (`native.c`), compiled by the system's compiler and kept.
 
 torch's four-bit kernel is bound by its arithmetic and not by memory. `native.c` reads the same layout with
 the byte products of AVX-512 VNNI, and dequantizes for long prompts several times faster than a chain of
-torch's operations can. Nothing needs it: without `enable` no compiler is looked for, and `cpu.py` runs on
-what torch has.
+torch's operations can. Nothing needs it: where the processor or a compiler is lacking, `cpu.py` runs on what
+torch has, and `lacking` says why.
 
 They are compiled once, in a second, into the user's cache (`$XDG_CACHE_HOME/lowbit`), under a name that
 is a hash of source and flags.
@@ -30,6 +30,34 @@ _USED = ("avx512_bf16",)
 """What the dense product needs besides."""
 _FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp")
 _library: ctypes.CDLL | None = None
+_lacking = ""
+_declined = False
+
+
+def prefer() -> None:
+    """Use the kernels from now on if this machine can and nobody has called `disable`.
+
+    Called when packed layers come to a CPU. The first call may take some seconds of a compiler.
+    """
+    global _lacking
+    if _library is None and not _declined and not _lacking:
+        try:
+            enable()
+        except LowbitError as error:
+            _lacking = str(error)
+
+
+def lacking() -> str:
+    """Why `prefer` could not use the kernels here; empty where it could."""
+    return _lacking
+
+
+def choose(wanted: bool | None) -> None:
+    """Use the kernels (True; refused where they can't be), torch's (False), or what `prefer` finds (None)."""
+    if wanted:
+        enable()
+    elif wanted is False:
+        disable()
 
 
 def enable() -> None:
@@ -49,9 +77,9 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Go back to torch's kernels."""
-    global _library
-    _library = None
+    """Go back to torch's kernels, and stay there until `enable`."""
+    global _library, _declined
+    _library, _declined = None, True
 
 
 def supported() -> bool:

@@ -30,7 +30,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit import formats, pages, placement
+from lowbit import formats, native, pages, placement
 from lowbit.errors import LowbitError
 from lowbit.experts import QuantExperts
 from lowbit.formats import FORMATS, Format, compressed_tensors
@@ -170,6 +170,8 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         del unused
         read: list[Tensor] = []
+        if self.dtype == torch.bfloat16 and any(p.device.type == "cpu" for p in model.parameters()):
+            native.prefer()
         for layer in packed_modules(model):
             layer.requires_grad_(False)
             layer.prepare()

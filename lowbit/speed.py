@@ -137,6 +137,8 @@ class Speed:
         weight_bytes: What the weights take in memory, but for the input embedding.
         peak_memory: Largest resident size of the process, Python and its libraries included.
         joules_per_token: Energy of the whole chip per generated token; None where nothing counts it.
+        kernels: As `kernels_of`.
+        lacking: Why it is not `native` on a CPU; empty where it is, or no weight is packed.
     """
 
     prefill: float
@@ -146,6 +148,8 @@ class Speed:
     weight_bytes: int
     peak_memory: int
     joules_per_token: float | None
+    kernels: str
+    lacking: str
 
 
 def bench(
@@ -156,7 +160,7 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     runs: int = 2,
-    native: bool = False,
+    native: bool | None = None,
 ) -> list[Speed]:
     """Measure models one after the other, each in a fresh process.
 
@@ -167,15 +171,14 @@ def bench(
         threads: CPU threads; torch's own number by default.
         device: Where to run.
         runs: The best of so many counts.
-        native: Packed weights on a CPU run through `native.c`.
+        native: Packed weights on a CPU run through `native.c`; None: where that works.
 
     Raises:
         LowbitError: a model can't be loaded, or the native kernels can't be compiled here.
     """
     for model in models:
         hf.quantization_of(model)  # refuses what is not there before minutes go into the others
-    if native:
-        kernels.enable()  # refused before a model is loaded
+    kernels.choose(native)  # refused before a model is loaded
     results = []
     for model in models:
         fresh = multiprocessing.get_context("spawn")
@@ -192,10 +195,9 @@ def _measure(
     threads: int | None,
     device: str,
     runs: int,
-    native: bool,
+    native: bool | None,
 ) -> Speed:
-    if native:
-        kernels.enable()
+    kernels.choose(native)
     if threads:
         torch.set_num_threads(threads)
     model = hf.load(name, device=find_device(device))
@@ -221,7 +223,17 @@ def _measure(
     memory = peak_memory()
     if model.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(model.device)
-    return Speed(**best, weight_bytes=weight_bytes(model), peak_memory=memory, joules_per_token=joules)
+    return Speed(
+        **best, weight_bytes=weight_bytes(model), peak_memory=memory, joules_per_token=joules,
+        kernels=kernels_of(model), lacking=kernels.lacking() if packed_modules(model) else "",
+    )  # fmt: skip
+
+
+def kernels_of(model: PreTrainedModel) -> str:
+    """Whose kernels multiply by the packed weights: `native`, `torch` or `triton`; `torch` without any."""
+    if model.device.type == "cpu":
+        return "native" if packed_modules(model) and kernels.enabled() else "torch"
+    return "triton" if packed_modules(model) else "torch"
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

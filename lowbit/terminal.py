@@ -261,7 +261,10 @@ def show_speeds(console: Console, names: list[str], speeds: list[Speed]) -> None
     energy = [speed.joules_per_token for speed in speeds]
     unknown = "no counter to read"
     table.add_row("energy, J/token", *(unknown if joules is None else f"{joules:.2f}" for joules in energy))
+    table.add_row("kernels", *(speed.kernels for speed in speeds))
     console.print(table)
+    for lacking in {speed.lacking for speed in speeds if speed.lacking}:
+        console.print(f"[dim]{escape(lacking)}", soft_wrap=True)
 
 
 def show_inspection(console: Console, inspection: Inspection) -> None:

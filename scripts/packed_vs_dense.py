@@ -1,6 +1,6 @@
 """Does a packed checkpoint compute what its dequantized weights say? Products, logits, greedy text, memory.
 
-    python scripts/packed_vs_dense.py my-model-w4 [--original my-model] [--native] [--threads 1]
+    python scripts/packed_vs_dense.py my-model-w4 [--original my-model] [--no-native] [--threads 1]
 
 What is right is the dequantized model in float32, its weights not rounded. Three things are asked:
 
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--original", help="the model it was made from, for its memory")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--native", action="store_true", help="use the native kernels")
+    parser.add_argument("--no-native", action="store_true", help="torch's kernels, not those in C")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [
@@ -242,8 +242,8 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             loaded, generated = pool.submit(memory, folder, stock, options.threads).result()
         print(f"| {title} | {loaded:.0f} | {generated:.0f} |", flush=True)
-    if options.native:
-        native.enable()
+    if options.no_native:
+        native.disable()
     sys.exit(0 if compare(options.checkpoint, options.new_tokens) else 1)
 
 

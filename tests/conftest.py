@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,16 @@ if TYPE_CHECKING:  # lowbit itself is imported by the fixtures: some tests stand
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """C kernels are compiled into the tests' own cache; a test starts without any, as a process does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    native = sys.modules.get("lowbit.native")
+    if native is not None:
+        for name, value in {"_library": None, "_lacking": "", "_declined": False}.items():
+            monkeypatch.setattr(native, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import lowbit
-from lowbit import LowbitError, QuantScheme, cpu, native, ops
+from lowbit import LowbitError, QuantScheme, cpu, native, ops, speed
 from lowbit.nn import DenseLinear
 from lowbit.quantized import QuantizedWeight
 from tests.formats.samples import random_weight
@@ -24,15 +24,12 @@ SHAPES = [(128, 256), (100, 384), (1, 128), (33, 640)]
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def kernels() -> None:
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("no C compiler")
     if not native.supported() or cpu.block() != cpu.Block(64, False):
         pytest.skip("this CPU lacks AVX-512 VNNI")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     native.enable()
-    yield
-    native.disable()
 
 
 def exact(weight: QuantizedWeight) -> torch.Tensor:
@@ -139,14 +136,32 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_model_runs_through_them(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("declined", [False, True])
+def test_a_loaded_model_runs_through_them(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, declined: bool
+) -> None:
+    """Without being asked for, unless they are declined."""
+    monkeypatch.setattr(native, "_library", None)
+    if declined:
+        native.disable()
     folder = checkpoint("qwen2", QuantScheme(4, 32), head_bits=8, tied=True)
     packed, dense = (lowbit.load(folder, packed=p) for p in (True, False))
     calls = []
     real = native.matvec
     monkeypatch.setattr(native, "matvec", lambda *args: calls.append(1) or real(*args))
     assert_same_model(packed, dense)
-    assert calls
+    assert bool(calls) != declined
+    assert speed.kernels_of(packed) == ("torch" if declined else "native")
+    assert native.lacking() == ""
+
+
+def test_where_they_cannot_be_torch_serves(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: {"avx2"})
+    packed = lowbit.load(checkpoint("llama"))
+    assert speed.kernels_of(packed) == "torch"
+    assert native.lacking() == "the native kernels need avx512f, which this CPU lacks: run without them"
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

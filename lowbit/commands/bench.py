@@ -12,7 +12,7 @@ from lowbit.commands.options import AsJson, Device, Model, Native, open_console,
 
 EXAMPLES = (
     "lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B",
-    "lowbit bench my-model-w4 --reference ./my-model --threads 1 --native",
+    "lowbit bench my-model-w4 --reference ./my-model --threads 1 --no-native",
 )
 
 
@@ -29,7 +29,7 @@ def run(
         typer.Option(min=1, help="CPU threads.", show_default=False),
     ] = None,
     device: Device = "auto",
-    native: Native = False,
+    native: Native = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed, memory and energy, beside the original's."""

@@ -23,7 +23,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision: auto, bfloat16 or float32.")] = "auto",
-    native: Native = False,
+    native: Native = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate text with the weights packed, and say how fast it was."""
@@ -31,8 +31,7 @@ def run(
     from lowbit import native as kernels
     from lowbit.hardware import find_device
 
-    if native:
-        kernels.enable()
+    kernels.choose(native)
     loaded = hf.load(model, dtype=dtype, device=find_device(device))
     done = speed.generate(
         loaded,
@@ -49,5 +48,8 @@ def run(
         print(flush=True)
         first = f"{done.prompt_tokens} in, first after {done.first_seconds:.2f} s"
         open_console(True).print(
-            f"[dim]{done.tokens_per_second:.1f} tokens/s, {done.new_tokens} tokens ({first})"
+            f"[dim]{done.tokens_per_second:.1f} tokens/s, {done.new_tokens} tokens ({first}); "
+            f"{speed.kernels_of(loaded)} kernels"
         )
+        if kernels.lacking():
+            open_console(True).print(f"[dim]{kernels.lacking()}", markup=True, soft_wrap=True)

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Native = Annotated[
-    bool,
-    typer.Option("--native", help="On a CPU: kernels in C, compiled once by your compiler (AVX-512 VNNI)."),
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--native/--no-native",
+        help="On a CPU: kernels in C, compiled once by your compiler (AVX-512 VNNI), or torch's own. "
+        "Default: C where that works.",
+        show_default=False,
+    ),
 ]
 TargetBpw = Annotated[
     Optional[float],  # noqa: UP045
