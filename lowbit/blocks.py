@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit import correction, pages, topology
+from lowbit import correction, pages, ranks, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
-from lowbit.calibration import STARVED, Group, RoundedInputs, find_groups, observe, watch
+from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool, watch
 from lowbit.correction import Originals
-from lowbit.hardware import bfloat16_products
 from lowbit.plan import Plan, align
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
+from lowbit.rounding import Rounder, Task
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source, free
 from lowbit.stream import Stream
@@ -83,12 +83,13 @@ class BlockQuantizer:
         rows: int | None = None,
     ) -> None:
         self.source, self.plan, self.stream, self.method = source, plan, stream, method
-        self.scale_dtype, self.device = scale_dtype, device
-        self._progress, self._rows = progress, rows
+        self.device, self._progress = device, progress
+        self._rounder = Rounder(method, scale_dtype, device, rows)
         self._rounds_inputs = plan.scheme.activation_bits is not None
         self._calibrated, self._corrected = ALGORITHMS[method].NEEDS_HESSIAN, method in CORRECTIONS
         self._probe = len(stream.batches) // 2 if self._corrected else len(stream.batches) - 1
-        passes = self._probe * self._calibrated + len(stream.batches)
+        self._mine = ranks.share(self._probe)
+        passes = len(self._mine) * (self._calibrated + 1 + self._corrected) + 1
         self._steps, self._step = passes * len(plan.blocks), passes * start
         self._start = start
 
@@ -111,6 +112,9 @@ class BlockQuantizer:
     def _quantize(self, number: int) -> QuantizedBlock:
         matrices = self.plan.matrices(number)
         groups = find_groups(matrices, lambda: self.stream.run(number, self._probe))
+        ranks.alike(
+            "order of layers", [[matrix.module_name for matrix in group.matrices] for group in groups]
+        )
         notes = align(self.plan, [[matrix.module_name for matrix in group.matrices] for group in groups])
         rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES)
         if self._corrected:
@@ -129,7 +133,9 @@ class BlockQuantizer:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
         with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
-            self._advance(number, range(self._probe + 1))
+            self._advance(number, [*self._mine, self._probe])
+        if not ranks.is_first():  # who writes nothing needs no more
+            return QuantizedBlock({}, {}, [], {}, [])
         return QuantizedBlock(
             weights=_on_disk(self.source, quantized),
             tensors=self._rest(number, {matrix.name for matrix in quantized}, rewritten),
@@ -138,7 +144,7 @@ class BlockQuantizer:
             notes=notes,
         )
 
-    def _advance(self, number: int, batches: range) -> None:
+    def _advance(self, number: int, batches: Sequence[int]) -> None:
         for _ in self.stream.advance(number, batches):
             self._tell(number, "carrying on", 1)
 
@@ -150,19 +156,19 @@ class BlockQuantizer:
         layers: list[Layer] = []
         originals = Originals(matrices)
         stages = correction.stages(groups)
-        writers = correction.find_writers(self.stream, number, self._probe, stages)
-        twins = range(self._probe + 1, len(self.stream.batches))
+        writers = ranks.told(correction.find_writers(self.stream, number, self._probe, stages))
+        twins = [self._probe + 1 + batch for batch in self._mine]
         for done, stage in enumerate(stages):
             if done - 1 not in writers or done in writers:  # else it was seen with the stage before
-                for batch in range(self._probe):
+                for place, batch in enumerate(self._mine):
                     if done not in writers:
                         self._compare_inputs(number, batch, stage, None if writers else originals)
                         continue
                     sums = (stages[done:], writers[done], done + 1 not in writers)
                     carried = self._compare_sums(number, batch, *sums, originals)
                     if done + 1 == len(stages):  # nothing was silent: it is the original's own output
-                        self.stream.hidden[twins[batch]] = carried
-            steps = self._probe * (done + 1) // len(stages) - self._probe * done // len(stages)
+                        self.stream.hidden[twins[place]] = carried
+            steps = len(twins) * (done + 1) // len(stages) - len(twins) * done // len(stages)
             self._tell(number, "observing", steps)
             weights, reports = self._round(number, stage)
             quantized |= weights
@@ -211,20 +217,22 @@ class BlockQuantizer:
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
         with observe(groups, rows):
-            for batch in range(self._probe):
+            for batch in self._mine:
                 self.stream.run(number, batch)
                 self._tell(number, "observing", 1)
 
     def _rewrite(self, number: int, groups: Sequence[Group]) -> list[str]:
         """Fold channel scales into the block where that pays; the Hessians follow. Notes what can't be."""
+        pool(groups, [range(ranks.size())] * len(groups))
         wanted = {g.matrices[0]: g for g in groups if self._members(g)}
         readers = [(g.matrices, g.others) for g in wanted.values()]
         folds = topology.find_folds(
             self.plan.blocks[number], readers, lambda: self.stream.run(number, self._probe)
         )
+        ranks.alike("set of folds", [[matrix.module_name for matrix in fold.consumers] for fold in folds])
         for fold in folds:
             group = wanted[fold.consumers[0]]
-            scales = self._find_scales(group)
+            scales = self._agreed(self._find_scales(group))
             self._tell(number, f"scaled the input of {group.matrices[0].module_name}")
             if scales is not None:
                 fold.apply(scales)
@@ -237,10 +245,16 @@ class BlockQuantizer:
             if matrix not in folded
         ]
 
+    def _agreed(self, scales: Tensor | None) -> Tensor | None:
+        """Those of the first rank: a weight must be scaled alike everywhere."""
+        if not ranks.told(scales is not None):
+            return None
+        return ranks.handed(None if scales is None else [scales], 0, self.device)[0]
+
     def _find_scales(self, group: Group) -> Tensor | None:
         members = self._members(group)
         weights = [matrix.weight for matrix in members]
-        scheme, dtype = self.plan.scheme_of(members[0].module_name), self.scale_dtype
+        scheme, dtype = self.plan.scheme_of(members[0].module_name), self._rounder.scale_dtype
         if not self._rounds_inputs:
             return REWRITES[self.method](weights, group.moment.mean(), scheme, dtype)
         scales = smooth.find_channel_scales(weights, group.sample.rows, group.sample.peaks, scheme, dtype)
@@ -256,8 +270,11 @@ class BlockQuantizer:
         """Round every matrix and write it back, dequantized as a loader in bfloat16 does it."""
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []
-        for group in groups:
-            for matrix, weight, layer in self._round_group(self._members(group), group):
+        wanted = ((group, self._members(group)) for group in groups)
+        tasks = [Task(group, members, self.plan.scheme_of(members[0].module_name))
+                 for group, members in wanted if members]  # fmt: skip
+        for task, done in self._rounder.each(tasks):
+            for matrix, (weight, layer) in zip(task.members, done, strict=True):
                 quantized[matrix] = weight
                 layers.append(layer)
                 matrix.weight.copy_(weight.dequantize(torch.bfloat16))
@@ -265,30 +282,6 @@ class BlockQuantizer:
                 self._tell(number, f"{where} error {layer.error:.2e}")
             pages.trim()
         return quantized, layers
-
-    def _round_group(
-        self, members: Sequence[Matrix], group: Group
-    ) -> Iterator[tuple[Matrix, QuantizedWeight, Layer]]:
-        """Matrices of one input are stacked and rounded together: their rows are independent."""
-        if not members:
-            return
-        hessian = group.moment.mean() if self._calibrated else None
-        group.moment.release()
-        stacked = torch.cat([matrix.weight for matrix in members]).float()
-        drift, group.drift = group.drift, None
-        if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
-            stacked, _ = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
-        scheme = self.plan.scheme_of(members[0].module_name)
-        quantize, sizes = ALGORITHMS[self.method].quantize_weight, [matrix.shape[0] for matrix in members]
-        at_once = stacked.split(self._rows or len(stacked))
-        done, notes = zip(
-            *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
-        )
-        weight = QuantizedWeight.stack_rows(done)
-        note = notes[0] or (STARVED if group.is_starved() else "")
-        errors = _relative_errors(stacked, weight, hessian, sizes, self._rows)
-        for matrix, part, error in zip(members, weight.split_rows(sizes), errors, strict=True):
-            yield matrix, part, Layer(matrix.module_name, matrix.shape, str(scheme), error, note)
 
     def _rest(self, number: int, done: Collection[str], rewritten: bool) -> dict[str, Tensor | None]:
         """Norms, biases, routers, skipped weights: as in the source, unless a rewrite touched the block."""
@@ -298,26 +291,6 @@ class BlockQuantizer:
             return {key: None for key in keys if self.source.parameter_of(key) not in done}
         parameters = self.plan.blocks[number].named_parameters(prefix=path)
         return dict(self.source.names_on_disk({n: p.data for n, p in parameters if n not in done}))
-
-
-def _relative_errors(
-    original: Tensor,
-    weight: QuantizedWeight,
-    hessian: Tensor | None,
-    sizes: Sequence[int],
-    at_once: int | None = None,
-) -> list[float]:
-    """`tr(D H D^T) / tr(W H W^T)` of each part, D the error of the weight; H = I without data."""
-    parts = original.split(at_once or len(original))
-    blind = hessian is None or not bool(torch.isfinite(hessian).all()) or not bool(hessian.any())
-    lost: list[Tensor] = []
-    whole: list[Tensor] = []
-    for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):
-        for found, value in ((lost, part - rounded.dequantize()), (whole, part)):
-            with bfloat16_products():  # a report needs three digits, not seven
-                found.append((value if hessian is None or blind else value @ hessian).mul(value).sum(1))
-    pairs = zip(torch.cat(lost).split(list(sizes)), torch.cat(whole).split(list(sizes)), strict=True)
-    return [float(a.sum() / b.sum().clamp(min=1e-30)) for a, b in pairs]
 
 
 def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dict[str, QuantizedWeight]:

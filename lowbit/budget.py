@@ -16,8 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit import pages, ranks
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
+from lowbit.checkpoint import parse_size
+from lowbit.effort import Effort
 from lowbit.errors import LowbitError
+from lowbit.hardware import used_memory
 from lowbit.plan import Plan
 from lowbit.source import Source
 
@@ -43,6 +47,31 @@ class Budget:
     tokens: int | None = None
     rows: int | None = None
     carried: int | None = None
+
+
+def keep_to(
+    max_memory: str | None,
+    source: Source,
+    plan: Plan,
+    method: str,
+    dataset: str | None,
+    samples: int,
+    seq_len: int,
+    dial: Effort,
+) -> Budget:
+    """The choice that keeps to `max_memory` (`8GB`); what holds a whole model in memory is refused."""
+    if max_memory is None:
+        return Budget()
+    if ranks.size() > 1:
+        raise LowbitError(f"--max-memory {max_memory} is planned for one process: drop it, or torchrun")
+    limit = parse_size(max_memory)
+    if dial.training:
+        mend = "leave out --method qat" if dial.weights else "use --effort balanced"
+        raise LowbitError(f"--max-memory: training holds the whole model in memory: {mend}")
+    if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
+        raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
+    pages.return_large()
+    return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
 
 
 def find_budget(

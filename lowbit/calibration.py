@@ -1,141 +1,28 @@
-"""What is remembered of a matrix's input: its second moment, once per shared input.
+"""Who reads what in a block, and what is seen of it on the way.
 
 While a block runs, every product with one of its weights is seen by a `TorchFunctionMode`, so
 linear layers, `Conv1D` and experts sliced from a stacked parameter are observed by the same five
 lines and no hook is left behind. Matrices that read the very same tensor (q/k/v, gate/up) are one
-group with one Hessian.
-
-The Hessian of the layer-wise problem is `2 X X^T` (Frantar et al. 2022, arXiv:2210.17323, section
-3); here it is the mean of `x x^T` over tokens, which has the same minimiser and a scale that does
-not grow with the data.
+group with one Hessian. With several ranks every one sees its own batches, and `pool` adds them up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lowbit import ranks
 from lowbit.activations import round_rows
-from lowbit.hardware import bfloat16_products
+from lowbit.moments import Drift, Moment, Sample
 from lowbit.stream import Stop
 from lowbit.topology import Matrix
 
 STARVED = "experts that saw fewer calibration tokens than they have inputs: take more --samples"
-TILE = 1024  # columns per product: only tiles on and right of the diagonal are computed
-
-
-class Moment:
-    """Running mean of `x x^T` in float32.
-
-    Only the upper triangle of tiles is accumulated (the rest is its mirror), which halves the work
-    for wide inputs. Where activations are bfloat16, their float32 products are left to bfloat16
-    matrix units: inputs and products are exact and the sum stays float32, so nothing is lost.
-    """
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
-        self.tokens = 0
-        self._is_mean = False
-
-    def add(self, x: Tensor) -> None:
-        """Take in activations `[..., in]` of any float dtype; not after `mean`."""
-        assert not self._is_mean
-        rows = x.detach().reshape(-1, x.shape[-1])
-        self.tokens += len(rows)
-        exact = rows.dtype == torch.bfloat16
-        with bfloat16_products() if exact else nullcontext():
-            rows = rows.float()
-            for start in range(0, rows.shape[1], TILE):
-                tile = rows[:, start : start + TILE]
-                self.total[start : start + TILE, start:].addmm_(tile.T, rows[:, start:])
-
-    def mean(self) -> Tensor:
-        """The Hessian, float32 `[in, in]`, symmetric; zeros if no token was seen. Made in place."""
-        if not self._is_mean:
-            self._is_mean = True
-            self.total.div_(max(self.tokens, 1))
-            for start in range(0, len(self.total), TILE):
-                stop = start + TILE
-                square = self.total[start:stop, start:stop]
-                square.copy_(square.triu() + square.triu(1).T)
-                self.total[stop:, start:stop] = self.total[start:stop, stop:].T
-        return self.total
-
-    def rescale(self, scales: Tensor) -> None:
-        """Follow a fold that divides the input by `scales [in]`."""
-        self.total /= scales
-        self.total /= scales.unsqueeze(-1)
-
-    def release(self) -> None:
-        """Let the memory go; the moment can't be used any more."""
-        self.total = self.total.new_empty(0)
-
-
-class Sample:
-    """Some rows of an input, and how large each of its channels ever was."""
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.rows = torch.empty(0, in_features, device=device)
-        self.peaks = torch.zeros(in_features, device=device)
-
-    def add(self, x: Tensor, count: int) -> None:
-        """Take in activations `[..., in]`, and keep about `count` of their rows, the first one included."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        torch.maximum(self.peaks, rows.abs().amax(0).float(), out=self.peaks)
-        kept = rows[:: max(1, len(rows) // count)][:count]
-        self.rows = torch.cat([self.rows.to(kept.dtype), kept])
-
-    def release(self) -> None:
-        """Let the memory go."""
-        self.rows = self.rows.new_empty(0, self.rows.shape[1])
-
-
-class Drift:
-    """Running mean of `g x^T` in float32: how far the quantized model is from the original, against x.
-
-    The gap g is either that of the inputs, `X - x`, or what the outputs lack.
-
-    Args:
-        rows: Length of a gap.
-        in_features: Length of an input.
-        device: Where to keep it.
-
-    Attributes:
-        held_out: `x` and g of tokens that were set aside, `[tokens, in]` and `[tokens, rows]`.
-        of_outputs: Is g a gap of outputs?
-    """
-
-    def __init__(self, rows: int, in_features: int, device: torch.device, of_outputs: bool = False) -> None:
-        self.total = torch.zeros(rows, in_features, device=device)
-        self.tokens = 0
-        self.of_outputs = of_outputs
-        self.held_out: tuple[Tensor, Tensor] | None = None
-
-    def add(self, x: Tensor, gap: Tensor, held_out: bool) -> None:
-        """Take in inputs `[..., in]` of some tokens and their gaps `[..., rows]`, or keep them to judge by.
-
-        The gap is small against what it is a difference of: it may be multiplied in bfloat16.
-        """
-        inputs, gap = x.detach().flatten(0, -2), gap.detach().flatten(0, -2)
-        if held_out:
-            self.held_out = inputs, gap.to(inputs.dtype)
-            return
-        self.tokens += len(inputs)
-        with bfloat16_products() if inputs.dtype == torch.bfloat16 else nullcontext():
-            self.total.addmm_(gap.float().T, inputs.float())
-
-    def lacking(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the output of `weight [out, in]` lacks, as `Correction` takes it: mean and held-out tokens."""
-        assert self.held_out is not None, "no tokens were set aside"
-        mean, (x, gap) = self.total / max(self.tokens, 1), self.held_out
-        if self.of_outputs:
-            return mean, (x, gap.float())
-        return weight @ mean, (x, gap.float() @ weight.T)
 
 
 def operands(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
@@ -168,6 +55,26 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Seen(NamedTuple):
+    """Sizes of what one rank has seen of a group's input.
+
+    Attributes:
+        tokens: Of the moment.
+        sampled: Rows of the sample.
+        drift: Shape of the drift, where there is one.
+        compared: Its tokens.
+        of_outputs: Is it one of outputs?
+        held_out: Were its tokens to judge by set aside on this rank?
+    """
+
+    tokens: int
+    sampled: int
+    drift: tuple[int, int] | None = None
+    compared: int = 0
+    of_outputs: bool = False
+    held_out: bool = False
+
+
 class Group:
     """Matrices that read one and the same tensor, and what is known of it.
 
@@ -177,6 +84,7 @@ class Group:
         moment: The input's second moment.
         sample: Rows of it, where activations are rounded.
         drift: How far the two models are apart here; None where they were not compared.
+        pooled: Is it known what the other ranks have seen?
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -186,6 +94,12 @@ class Group:
         self.moment = Moment(x.shape[-1], x.device)
         self.sample = Sample(x.shape[-1], x.device)
         self.drift: Drift | None = None
+        self.pooled = False
+
+    def release(self) -> None:
+        """Let everything go but the number of tokens."""
+        self.moment.release()
+        self.drift = None
 
     def compare(self, x: Tensor, original: Tensor | None, held_out: bool) -> None:
         """Take in what the quantized model reads here, and the original for the same tokens.
@@ -205,6 +119,31 @@ class Group:
         if self.drift is None:
             self.drift = Drift(gap.shape[-1], x.shape[-1], x.device, of_outputs=True)
         self.drift.add(x, gap, held_out)
+
+    def seen(self) -> Seen:
+        """What the other ranks must know before they `pool`."""
+        drift = self.drift
+        if drift is None:
+            return Seen(self.moment.tokens, len(self.sample.rows))
+        shape = drift.total.shape[0], drift.total.shape[1]
+        held_out = drift.held_out is not None
+        return Seen(
+            self.moment.tokens, len(self.sample.rows), shape, drift.tokens, drift.of_outputs, held_out
+        )
+
+    def pool(self, seen: Sequence[Seen], team: Sequence[int]) -> None:
+        """Know what all ranks have seen, on those of a team that will round; `seen` is by rank."""
+        self.pooled = True
+        self.moment.pool(sum(one.tokens for one in seen), team)
+        if any(one.sampled for one in seen):
+            self.sample.pool()
+        found = next((one for one in seen if one.drift), None)
+        if found is None or found.drift is None:
+            return
+        if self.drift is None:  # no batch was this rank's
+            self.drift = Drift(*found.drift, self.moment.total.device, found.of_outputs)
+        holder = next((number for number, one in enumerate(seen) if one.held_out), None)
+        self.drift.pool(sum(one.compared for one in seen), holder, team)
 
     def is_starved(self) -> bool:
         """Were there some tokens, but too few to tell an expert's inputs apart?"""
@@ -244,6 +183,16 @@ def find_groups(matrices: Sequence[Matrix], run: Callable[[], object]) -> list[G
             found.append(Group(torch.empty(0, matrix.shape[1], device=matrix.stored.device)))
             found[-1].x, found[-1].matrices = None, [matrix]
     return found
+
+
+def pool(groups: Sequence[Group], teams: Sequence[Sequence[int]]) -> None:
+    """Sum what the ranks have seen of each group's input, for the ranks of its team; once for each group."""
+    waiting = [(group, team) for group, team in zip(groups, teams, strict=True) if not group.pooled]
+    seen = ranks.gathered([group.seen() for group, _ in waiting])
+    for number, (group, team) in enumerate(waiting):
+        group.pool([one[number] for one in seen], team)
+        if ranks.rank() not in team:
+            group.release()
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from torch import Tensor
+
 from lowbit import durable
 
 PIECE = 4096  # bytes
@@ -50,6 +52,14 @@ def of_text(spec: str | None) -> str | None:
     """Digest of a local file of text; None where `spec` names none."""
     path = Path(spec) if spec else None
     return durable.sha256(path)[:SHOWN] if path and path.is_file() else None
+
+
+def of_tokens(rows: Iterable[Tensor]) -> str:
+    """Digest of token ids, int64 `[rows, length]` each."""
+    digest = hashlib.sha256()
+    for ids in rows:
+        digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:SHOWN]
 
 
 def versions() -> dict[str, str]:

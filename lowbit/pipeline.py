@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity, pages, planning, topology
+from lowbit import beside, checkpoint, identity, planning, ranks, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.batches import find_batches
 from lowbit.blocks import Progress
-from lowbit.budget import Budget, find_budget
+from lowbit.budget import Budget, keep_to
 from lowbit.effort import EFFORTS, LOSSES, QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
-from lowbit.hardware import find_device, find_dtype, used_memory
+from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, make_plan
 from lowbit.quiet import quiet
 from lowbit.results import Report
@@ -121,7 +121,7 @@ def quantize(
     dial, method = _choose(effort, method, format, scheme, epochs, loss)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
-    shard_bytes, where = checkpoint.parse_size(max_shard_size), find_device(device)
+    shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
     with open_work(target, restart) as work:
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
@@ -130,39 +130,45 @@ def quantize(
         plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-        work.check(_inputs(opened, plan, where, dial, schemes, effort=effort, method=method, format=format,
+        inputs = _inputs(opened, plan, where, dial, schemes, effort=effort, method=method, format=format,
             dataset=dataset, samples=samples, seq_len=seq_len, seed=seed, head_bits=head_bits, skip=skip,
-            max_shard_size=shard_bytes, max_memory=max_memory, within=repr(within)))  # fmt: skip
+            max_shard_size=shard_bytes, max_memory=max_memory, within=repr(within))  # fmt: skip
+        work.check(ranks.alike("setting", inputs))
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
-        else:
-            require_room(opened, plan, within, target.parent, _estimated_bytes(opened, plan))
-        budget = _budget(max_memory, opened, plan, method, dataset, samples, seq_len, dial)
+        elif ranks.is_first():
+            require_room(opened, plan, within, target.parent)
+        budget = keep_to(max_memory, opened, plan, method, dataset, samples, seq_len, dial)
         batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
         planning.spend_once(within, work, opened, plan, report, batches, dataset, seed, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
-        road.refine(rows, dial, shard_bytes, batches[-1])
-        if verify_output:
-            road.verify(batches[-1])
-        _finish(work, report, target, model, opened.folder, quantized_by)
-    return report
+        return ranks.first_does(lambda: _finish(
+            road, rows, dial, shard_bytes, batches, verify_output, target, model, quantized_by))  # fmt: skip
 
 
 def _finish(
-    work: Work,
-    report: Report,
+    road: Road,
+    rows: Tensor | None,
+    dial: Effort,
+    shard_bytes: int,
+    batches: Sequence[Tensor],
+    verify_output: bool,
     target: Path,
     model: str | Path | PreTrainedModel,
-    folder: Path,
     quantized_by: str | None,
-) -> None:
-    """Describe the checkpoint and give it its name."""
+) -> Report:
+    """Train and read back as asked, describe the checkpoint and give it its name."""
+    road.refine(rows, dial, shard_bytes, batches[-1])
+    if verify_output:
+        road.verify(batches[-1])
+    work, report, folder = road.work, road.report, road.source.folder
     report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
     beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by, work.inputs)
     work.commit({"report": report.to_json()}, {})
     checkpoint.put_in_place(work.checkpoint, target)
+    return report
 
 
 def _inputs(
@@ -205,6 +211,23 @@ def _data(
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found."""
     _check_trainable(opened, dial)
+    return ranks.first_does(
+        lambda: _first_data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
+    )
+
+
+def _first_data(
+    work: Work,
+    opened: Source,
+    report: Report,
+    dataset: str | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    told: Progress,
+    dial: Effort,
+    budget: Budget,
+) -> tuple[list[Tensor], Tensor | None]:
     kept = work.load("data")
     if kept:
         rows = kept.pop("rows", None)
@@ -222,6 +245,7 @@ def _data(
         dial.training * samples,
         budget.tokens,
     )
+    report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
     report.end_stage("calibration data", time.monotonic() - started)
     found = {f"{number:06}": batch for number, batch in enumerate(batches)}
     long = report.calibration.startswith("self")  # the model wrote it itself
@@ -251,29 +275,6 @@ def _choose(
     if format not in FORMATS:
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
     return dial, method
-
-
-def _budget(
-    max_memory: str | None,
-    source: Source,
-    plan: Plan,
-    method: str,
-    dataset: str | None,
-    samples: int,
-    seq_len: int,
-    dial: Effort,
-) -> Budget:
-    """The plan that keeps to `max_memory`; what holds a whole model in memory is refused."""
-    if max_memory is None:
-        return Budget()
-    limit = checkpoint.parse_size(max_memory)
-    if dial.training:
-        mend = "leave out --method qat" if dial.weights else "use --effort balanced"
-        raise LowbitError(f"--max-memory: training holds the whole model in memory: {mend}")
-    if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
-        raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
-    pages.return_large()
-    return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
 
 
 def _with_training(dial: Effort, method: str | None, epochs: int | None, loss: str) -> Effort:
@@ -314,6 +315,12 @@ def _silent(stage: str, done: int, total: int, detail: str) -> None:
 def _find(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path
 ) -> Path:
+    return ranks.first_does(lambda: _first_find(model, tokenizer, scratch))
+
+
+def _first_find(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path
+) -> Path:
     """The folder of `model`; one that is in memory is saved first."""
     if not isinstance(model, PreTrainedModel):
         return sources.find(str(model), scratch)
@@ -331,17 +338,3 @@ def _find(
                 ) from None
         tokenizer.save_pretrained(folder)
     return folder
-
-
-def _estimated_bytes(source: Source, plan: Plan) -> int:
-    """Generous size of the result, with room for the copy that a rename replaces."""
-    bits = 0.0
-    for block in range(len(plan.blocks)):
-        for matrix in plan.matrices(block):
-            out, width = matrix.shape
-            dense = matrix.module_name in plan.skipped
-            per_weight = plan.scheme_of(matrix.module_name).bits_per_weight(width)
-            bits += out * width * (16 if dense else per_weight)
-    blocks = sum(p.numel() for p in plan.blocks.parameters())
-    rest = sum(p.numel() for p in source.model.parameters()) - blocks
-    return int(1.1 * (bits / 8 + 2 * rest)) + 50_000_000

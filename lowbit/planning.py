@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit import sensitivity
+from lowbit import ranks, sensitivity
 from lowbit import source as sources
 from lowbit.batches import find_batches
 from lowbit.blocks import Progress
@@ -115,7 +115,8 @@ def spend_once(
 ) -> None:
     """Choose the schemes for `plan` where there is a target, or take up what an interrupted run had chosen.
 
-    The groups are priced on the calibration data or, where there is none, on rows of `dataset`.
+    The groups are priced on the calibration data or, where there is none, on rows of `dataset`; by the first
+    rank, for all.
     """
     if target is None:
         return
@@ -123,6 +124,26 @@ def spend_once(
     if kept is not None:
         plan.schemes = {name: QuantScheme(**scheme) for name, scheme in kept.items()}
         return
+
+    def choose_all() -> tuple[dict[str, QuantScheme], dict[str, str]]:
+        _spend(target, work, source, plan, report, batches, dataset, seed, device, progress)
+        return plan.schemes, plan.skipped
+
+    plan.schemes, plan.skipped = ranks.first_does(choose_all)
+
+
+def _spend(
+    target: Target,
+    work: Work,
+    source: Source,
+    plan: Plan,
+    report: Report,
+    batches: Sequence[Tensor],
+    dataset: str | None,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> None:
     started = time.monotonic()
     if len(batches) > 1:
         rows = sample(batches[:-1])

@@ -95,6 +95,13 @@ def add_tasks(record: dict[str, Any], evaluation: Mapping[str, Any]) -> None:
     record["tasks"] = [row for row in record.get("tasks", []) if key(row) not in replaced] + new
 
 
+def provenance(inputs: Mapping[str, Any], tokens: str) -> dict[str, Any]:
+    """What `config.json` says of how a checkpoint was made: versions, options, digests; no local path."""
+    told = {name: public(value) if isinstance(value, str) else value for name, value in inputs.items()}
+    given = {name: value for name, value in told.items() if value not in (None, [], {}, "", "None")}
+    return {**given, **({"tokens": tokens} if tokens else {})}
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """The record in a folder; None where there is none.
 

@@ -56,6 +56,7 @@ class Report:
         method: Algorithm.
         format: Format on disk.
         calibration: What the algorithm was calibrated on.
+        tokens: Digest of the token ids that it was calibrated on; empty where there were none.
         layers: One entry per quantized matrix.
         skipped: Reason, by module name, of everything left in full precision.
         notes: Fallbacks and other things the user should know.
@@ -68,6 +69,7 @@ class Report:
         memory: Largest resident size of the process up to the end of a stage, in bytes, by stage.
         plan: What a budget chose, where there was one: `{"budget": text, "achieved": text, "rows":
             [{"name", "scheme", "bits", "sensitivity"}, ...]}`, one row per group of matrices.
+        ranks: Of each process, where several shared the work: CPU `seconds` for the blocks, bytes `sent`.
     """
 
     output: Path
@@ -75,6 +77,7 @@ class Report:
     method: str
     format: str
     calibration: str
+    tokens: str = ""
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -86,6 +89,7 @@ class Report:
     cpu_seconds: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
+    ranks: list[dict[str, float]] = field(default_factory=list)
 
     def end_stage(self, name: str, seconds: float) -> None:
         """Note how long a stage took, and the memory needed until now."""

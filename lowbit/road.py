@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import checkpoint, durable, hf
+from lowbit import checkpoint, durable, hf, ranks, record
 from lowbit import source as sources
 from lowbit.algorithms import CORRECTIONS, rtn
 from lowbit.blocks import BlockQuantizer, Progress, fingerprint
@@ -59,6 +59,7 @@ class Road:
         self.schemes = {name: QuantScheme(**scheme) for name, scheme in facts.get("schemes", {}).items()}
         self.shapes: dict[str, tuple[int, int]] = dict(facts.get("shapes", {}))
         self.fingerprints = {name: bytes.fromhex(d) for name, d in facts.get("fingerprints", {}).items()}
+        self._ranks = ranks.Tally(report.ranks)
         self.logits: Tensor | None = work.load("logits").get("logits")
 
     def _commit(self, facts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -75,32 +76,22 @@ class Road:
     def write(self, shard_bytes: int, batches: list[Tensor]) -> None:
         """Quantize block after block into the work folder's checkpoint; goes on after what is done."""
         facts = self.work.facts
+        if not ranks.is_first():
+            return self._follow(batches)
         if "result" in facts:
             checkpoint.drop_parts(self.work.checkpoint)
             return
-        source, plan, done = self.source, self.plan, facts.get("blocks", 0)
-        started = time.monotonic() - self.report.seconds.get("quantization", 0.0)
-        head = head_name(source.model)
-        outside = source.keys_outside([plan.path])
-        head_keys = source.keys_under([head])
-        source.load([key for key in outside if key not in head_keys], self.device)
-        source.rest()
-        twins = batches[:-1] if self.report.method in CORRECTIONS else []  # see BlockQuantizer
-        on_device = [batch.to(self.device) for batch in (*batches, *twins)]
-        carried = Carried(len(on_device), self.budget.carried, self.work.folder)
-        stream = Stream(source.model, plan.blocks, on_device, carried)
+        done, started = (
+            facts.get("blocks", 0),
+            time.monotonic() - self.report.seconds.get("quantization", 0.0),
+        )
+        head = head_name(self.source.model)
+        head_keys = self.source.keys_under([head])
+        stream = self._begin(batches)
         writer = CheckpointWriter(self.work.checkpoint, shard_bytes, facts.get("shards", []))
-        if done:
-            for number, kept in enumerate(self.work.each("carried")):
-                carried[number] = kept.to(self.device)
-            stream.extra_outputs = facts["extra_outputs"]
-        else:
-            self._copy_outside(writer, [key for key in outside if key not in head_keys])
-        blocks = BlockQuantizer(
-            source, plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device, self.progress, done,
-            self.budget.rows,
-        )  # fmt: skip
-        for number, block in enumerate(blocks, start=done + 1):
+        if not done:
+            self._copy_outside(writer, self._outside(head_keys))
+        for number, block in enumerate(self._blocks(stream), start=done + 1):
             for name, weight in block.weights.items():
                 self._pack(writer, name, weight)
             for key, tensor in block.tensors.items():
@@ -119,9 +110,55 @@ class Road:
         self._commit({"result": writer.folder.name}, {"carried": {}, "logits": {"logits": self.logits}})
         checkpoint.drop_parts(writer.folder)
 
+    def _follow(self, batches: list[Tensor]) -> None:
+        """The same on the other ranks: their part of every block, and nothing written."""
+        if "result" not in self.work.facts:
+            stream = self._begin(batches)
+            for _ in self._blocks(stream):
+                self._collect(stream)
+        self.source.release()
+
+    def _outside(self, head_keys: Sequence[str]) -> list[str]:
+        """What lies outside the blocks and the head."""
+        return [key for key in self.source.keys_outside([self.plan.path]) if key not in head_keys]
+
+    def _begin(self, batches: list[Tensor]) -> Stream:
+        """Load what is outside the blocks, and carry this rank's batches as far as blocks are done."""
+        source, facts = self.source, self.work.facts
+        source.load(self._outside(source.keys_under([head_name(source.model)])), self.device)
+        source.rest()
+        twins = batches[:-1] if self.report.method in CORRECTIONS else []  # see BlockQuantizer
+        on_device = [batch.to(self.device) for batch in (*batches, *twins)]
+        of_rank = [ranks.owner(number) for number in range(len(batches) - 1)]
+        self._owners, self._probe = [*of_rank, 0, *of_rank[: len(twins)]], len(batches) - 1
+        carried = Carried(len(on_device), self.budget.carried, self.work.folder)
+        stream = Stream(source.model, self.plan.blocks, on_device, carried)
+        if facts.get("blocks"):
+            for number, kept in enumerate(self.work.each("carried")):
+                if self._owners[number] == ranks.rank() or number == self._probe:
+                    carried[number] = kept.to(self.device)
+            stream.extra_outputs = facts["extra_outputs"]
+        ranks.gathered(None)  # what is kept may be replaced once all have read it
+        return stream
+
+    def _blocks(self, stream: Stream) -> BlockQuantizer:
+        return BlockQuantizer(
+            self.source, self.plan, stream, self.report.method, self.fmt.SCALE_DTYPE, self.device,
+            self.progress, self.work.facts.get("blocks", 0), self.budget.rows,
+        )  # fmt: skip
+
+    def _collect(self, stream: Stream) -> Mapping[str, Tensor]:
+        """Bring what the ranks carry to the first one."""
+        named, probe = stream.hidden.named(), stream.hidden[self._probe]
+        assert probe is not None
+        owners = {f"{number:06}": whose for number, whose in enumerate(self._owners)}
+        shapes = {f"{n:06}": (*ids.shape, probe.shape[-1]) for n, ids in enumerate(stream.batches)}
+        self.report.ranks = self._ranks.now()
+        return ranks.collected(named, owners, shapes, probe.dtype)
+
     def _commit_block(self, done: int, writer: CheckpointWriter, stream: Stream) -> None:
         facts = {"blocks": done, "shards": writer.mark(), "extra_outputs": stream.extra_outputs}
-        self._commit(facts, {"carried": stream.hidden.named()})
+        self._commit(facts, {"carried": self._collect(stream)})
         writer.tidy()
 
     def _copy_outside(self, writer: CheckpointWriter, keys: Sequence[str]) -> None:
@@ -173,6 +210,7 @@ class Road:
             self.fmt.quantization_config(self.schemes, ignore),
             tied=False if plan.head else None,
         )
+        config["lowbit"] = record.provenance(self.work.inputs, report.tokens)
         writer.finish(config, sources.sidecars(source.folder))
         report.warnings = self.fmt.warnings(self.schemes, self.shapes)
         report.scheme = text_of(scheme for name, scheme in self.schemes.items() if name != head)
@@ -200,6 +238,7 @@ class Road:
             self._commit({}, {"training": tensors})
 
         result: dict[str, Any] = {"trained": True}
+        alone = f", on the first of {ranks.size()} ranks alone" if ranks.size() > 1 else ""
         what = "weights, scales and norms" if dial.weights else "scales and norms"
         try:
             done = refine(
@@ -218,11 +257,11 @@ class Road:
                 result["result"] = refined.name
                 self.fingerprints |= done.fingerprints
                 self.logits = hf.load(refined, packed=False)(input_ids=ids).logits.detach()
-                report.notes.append(f"{what} trained for {done.steps} steps: {told}")
+                report.notes.append(f"{what} trained for {done.steps} steps{alone}: {told}")
                 report.method = QAT if dial.weights else report.method
                 durable.sync_folder(refined)
             else:
-                report.notes.append(f"training {what} gained nothing and was dropped: {told}")
+                report.notes.append(f"training {what}{alone} gained nothing and was dropped: {told}")
             report.end_stage("training", time.monotonic() - started)
         assert self.logits is not None
         self._commit(result, {"training": {}, "logits": {"logits": self.logits}})

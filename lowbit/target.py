@@ -206,11 +206,25 @@ def _bytes(group: Sensitivity, scheme: QuantScheme) -> int:
     return sum(stored_bytes(shape, scheme) for shape in group.shapes)
 
 
-def require_room(source: Source, plan: Plan, target: Target | None, folder: Path, size: int) -> None:
-    """Raise `LowbitError` where a target can't be met, or a disk does not hold `size` bytes more."""
+def require_room(source: Source, plan: Plan, target: Target | None, folder: Path) -> None:
+    """Raise `LowbitError` where a target can't be met, or the disk of `folder` does not hold the result."""
     if target:
         find_room(source, plan, target)
-    check_room(folder, size)
+    check_room(folder, _estimated_bytes(source, plan))
+
+
+def _estimated_bytes(source: Source, plan: Plan) -> int:
+    """Generous size of the result, with room for the copy that a rename replaces."""
+    bits = 0.0
+    for block in range(len(plan.blocks)):
+        for matrix in plan.matrices(block):
+            out, width = matrix.shape
+            dense = matrix.module_name in plan.skipped
+            per_weight = plan.scheme_of(matrix.module_name).bits_per_weight(width)
+            bits += out * width * (16 if dense else per_weight)
+    blocks = sum(p.numel() for p in plan.blocks.parameters())
+    rest = sum(p.numel() for p in source.model.parameters()) - blocks
+    return int(1.1 * (bits / 8 + 2 * rest)) + 50_000_000
 
 
 def find_room(source: Source, plan: Plan, target: Target) -> Room:

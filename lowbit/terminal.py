@@ -94,6 +94,7 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
         "size": f"{_size(report.source_bytes)} -> {_size(report.output_bytes)}",
         "verified": _verification(report),
         "time": f"{report.seconds['all']:.0f} s ({report.cpu_seconds:.0f} CPU s)",
+        **({"shared by": _ranks(report)} if report.ranks else {}),
         "peak memory": _size(peak_memory),
         "written to": f"{report.output} ({report.format})",
     }
@@ -130,6 +131,12 @@ def show_choice(console: Console, choice: Choice) -> None:
 
 def _line(console: Console, label: str, text: str) -> None:
     console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _ranks(report: Report) -> str:
+    seconds = " + ".join(f"{rank['seconds']:.0f}" for rank in report.ranks)
+    sent = _size(int(sum(rank["sent"] for rank in report.ranks)))
+    return f"{len(report.ranks)} ranks, {seconds} CPU s; {sent} sent"
 
 
 def _verification(report: Report) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lowbit import durable
+from lowbit import durable, ranks
 from lowbit.errors import LowbitError
 from lowbit.verify import VerificationError
 
@@ -155,16 +155,25 @@ class Work:
 def open_work(output: Path, restart: bool = False) -> Iterator[Work]:
     """The work folder of `output`, locked; removed at the end, or kept where one can go on from it.
 
-    An exception that leaves the folder behind has it as its attribute `kept`.
+    An exception that leaves the folder behind has it as its attribute `kept`. Ranks other than the first
+    only look at what is there.
 
     Raises:
         LowbitError: it can't be made, another process works in it, or it is damaged or not ours.
     """
     folder = output.with_name(output.name + SUFFIX)
+    if not ranks.is_first():
+        ranks.told(None)
+        work = Work(folder)
+        ranks.gathered(None)
+        yield work
+        return
     missing = [parent for parent in output.parents if not parent.exists()]
     try:
         with _locked(folder, output):
             work = _begin(folder, output, restart)
+            ranks.told(None)  # the others look at it now
+            ranks.gathered(None)
             resumed = bool(work.facts)
             try:
                 yield work

@@ -3,18 +3,21 @@
     python scripts/scale_report.py                        # blocks alone: half a minute on a free core
     python scripts/scale_report.py --model MODEL --calibration train.txt --max-memory 1.2GB
     python scripts/scale_report.py --shape 7b --max-memory 6GB --full-blocks 2
+    python scripts/scale_report.py --shape wide --blocks 6 --samples 32 --ranks 1 2
 
 Each run is a process of its own (`lowbit quantize --json`), whose peak resident size the system reports.
 The imports' own, which no plan can change, is measured in one more process and shown beside it. Weights
 of synthetic models are random, and written tensor by tensor: a model larger than memory can be made.
 `--full-blocks` calibrates that many blocks and rounds the rest to nearest; the time of calibrating all
-of them is extrapolated.
+of them is extrapolated. `--ranks` quantizes one model with so many processes, one thread each, in turn: how
+long the blocks took, what CPU time that was on each rank, and what was sent.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ from lowbit.checkpoint import CheckpointWriter
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 4096},
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 4096},
     "7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -37,6 +41,8 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 HEADER = """| model | method | calibration | peak GB | over imports | seconds | CPU s |
+|---|---|---|---|---|---|---|"""
+RANKS_HEADER = """| model | method | ranks | seconds | of the first | CPU s by rank | MB sent per block |
 |---|---|---|---|---|---|---|"""
 IMPORTS = """
 import resource, datasets, compressed_tensors, lowbit.pipeline
@@ -87,10 +93,12 @@ def imports() -> int:
     return int(subprocess.run([sys.executable, "-c", IMPORTS], stdout=subprocess.PIPE, check=True).stdout)
 
 
-def quantize(model: Path, output: Path, *options: str) -> dict[str, Any]:
-    """One run; `peak_memory` in its result is that of the whole process."""
-    command = [sys.executable, "-m", "lowbit", "quantize", str(model), "--output", str(output), "--json"]
-    done = subprocess.run([*command, "--overwrite", *options], stdout=subprocess.PIPE, check=True)
+def quantize(model: Path, output: Path, *options: str, ranks: int = 1) -> dict[str, Any]:
+    """One run, of several processes where asked; `peak_memory` in its result is that of the first of them."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "lowbit", "quantize", str(model), "--output", str(output)]
+    command += ["--json", "--overwrite", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -138,6 +146,24 @@ def _large(arguments: argparse.Namespace, scratch: Path, base: int) -> None:
     print(f"\n{each:.0f} s for each calibrated block: {each * blocks / 3600:.1f} h for all {blocks}")
 
 
+def _ranks(arguments: argparse.Namespace, scratch: Path) -> None:
+    """The same run by one process and by several, one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    text, blocks = make_text(scratch / "text.txt"), arguments.blocks[0]
+    folder = make_llama(scratch / "llama", arguments.shape, blocks)
+    print(RANKS_HEADER)
+    first = 0.0
+    for count in arguments.ranks:
+        found = quantize(folder, scratch / "out", *_options(arguments, text), ranks=count)
+        taken = found["seconds"]["quantization"]
+        first = first or taken
+        by_rank = [rank["seconds"] for rank in found["ranks"]] or [found["cpu_seconds"]]
+        sent = sum(rank["sent"] for rank in found["ranks"]) / blocks
+        cpu = " + ".join(f"{value:.0f}" for value in by_rank)
+        print(f"| {arguments.shape} llama, {blocks} blocks | {found['method']} | {count} | {taken:.1f} "
+              f"| {taken / first:.2f} | {cpu} | {sent / 1e6:.0f} |", flush=True)  # fmt: skip
+
+
 def _limit(arguments: argparse.Namespace) -> list[str]:
     return ["--max-memory", arguments.max_memory] if arguments.max_memory else []
 
@@ -153,13 +179,17 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--full-blocks", type=int, help="calibrate so many blocks of the shape's own depth")
+    parser.add_argument("--ranks", type=int, nargs="+", help="so many processes, in turn")
     parser.add_argument("--scratch", help="folder for the models that are made; the system's, by default")
     arguments = parser.parse_args()
-    base = imports()
-    print(f"imports alone: {base / 1e9:.2f} GB\n")
-    print(HEADER)
+    base = 0 if arguments.ranks else imports()
+    if not arguments.ranks:
+        print(f"imports alone: {base / 1e9:.2f} GB\n")
+        print(HEADER)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        if arguments.model:
+        if arguments.ranks:
+            _ranks(arguments, Path(scratch))
+        elif arguments.model:
             model, options = Path(arguments.model), _options(arguments, arguments.calibration)
             found = quantize(model, Path(scratch, "out"), *options)
             print(row(model.name, found, base))

@@ -64,7 +64,7 @@ def test_a_limit_changes_where_activations_lie_and_no_byte(
     method: str,
 ) -> None:
     plain = quantize(tiny_model("llama"), output=tmp_path / "a", method=method, samples=8)
-    monkeypatch.setattr("lowbit.pipeline.find_budget", lambda *a: find_budget(*a[:-2], 10**12, 0))
+    monkeypatch.setattr("lowbit.budget.find_budget", lambda *a: find_budget(*a[:-2], 10**12, 0))
     roomy = quantize(tiny_model("llama"), output=tmp_path / "b", method=method, samples=8, max_memory="1GB")
     one, other = (load_file(report.output / "model.safetensors") for report in (plain, roomy))
     assert one.keys() == other.keys()

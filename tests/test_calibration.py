@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowbit import topology
-from lowbit.calibration import TILE, Moment, find_groups, observe
+from lowbit.calibration import find_groups, observe
 from lowbit.hardware import bfloat16_products
+from lowbit.moments import TILE, Moment
 from tests.test_topology import LoadedBlock
 from tests.tiny import FAMILIES, VOCAB
 

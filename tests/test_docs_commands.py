@@ -153,6 +153,10 @@ def check(words: list[str]) -> None:
         check_python(arguments)
     elif name == "bash" and arguments:
         check([f"./{arguments[0]}"])
+    elif name == "torchrun":
+        module = arguments.index("-m")
+        check_python(arguments[module : module + 2])
+        check(arguments[module + 1 :])
     elif name in FOREIGN:
         return
     elif "/" not in program:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowbit import QuantScheme, hf
+from lowbit import QuantScheme, dataset, hf
 from lowbit.results import Report
 
 Folders = Callable[..., Path]
@@ -186,10 +188,36 @@ def test_the_config_names_a_method_that_loaders_know(
         report = quantize(tiny_model("llama"), scheme, format=format_name, output=tmp_path / format_name)
         config = config_of(report.output)
         assert config["quantization_config"]["quant_method"] == format_name
-        assert "lowbit" not in json.dumps(config).lower()
+        assert "lowbit" not in json.dumps(config["quantization_config"]).lower()
         source = config_of(tiny_model("llama"))
-        kept = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
+        kept = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "lowbit")}
         assert kept == {k: v for k, v in source.items() if k != "dtype"}
+
+
+def test_the_config_says_how_it_was_made(
+    quantize: Callable[..., Report], tiny_model: Folders, tmp_path: Path, text_file: str
+) -> None:
+    report = quantize(tiny_model("llama"), method="gptq", seed=3)
+    made = config_of(report.output)["lowbit"]
+    told = {
+        "method": "gptq",
+        "scheme": "w4g32",
+        "dataset": "text.txt",
+        "samples": 4,
+        "seq_len": 48,
+        "seed": 3,
+    }
+    assert {name: made[name] for name in told} == told
+    assert made["torch"] == version("torch")
+    assert str(Path(text_file).parent) not in json.dumps(made)
+    ids = dataset.pack_tokens(
+        dataset.read_documents(text_file), AutoTokenizer.from_pretrained(tiny_model("llama")), 4, 48, 3
+    )
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+    assert made["tokens"] == digest
+    assert digest in (report.output / "README.md").read_text()
+    again = quantize(tiny_model("llama"), output=tmp_path / "rtn")
+    assert "tokens" not in config_of(again.output)["lowbit"]
 
 
 def test_tensors_that_the_architecture_does_not_use_are_copied(

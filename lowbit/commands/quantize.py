@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -25,6 +25,9 @@ from lowbit.commands.options import (
 )
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 from lowbit.scheme import WHOLE_ROW, QuantScheme
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXAMPLES = (
     "lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",
@@ -151,6 +154,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a checkpoint that transformers, vLLM and SGLang load."""
+    from lowbit import ranks
     from lowbit.hardware import peak_memory
     from lowbit.pipeline import quantize
     from lowbit.terminal import progress_bar, show_report
@@ -161,7 +165,7 @@ def run(
     if target and (activation_bits or not symmetric):
         raise LowbitError(f"{target.option} mixes symmetric weight-only schemes: drop the other option")
     scheme = None if target else _scheme(bits, group_size, symmetric, activation_bits)
-    with stopped(), progress_bar(console) as progress:
+    with stopped(), ranks.joined(), _heard(console, ranks.is_first()), progress_bar(console) as progress:
         report = quantize(
             model,
             scheme,
@@ -187,10 +191,19 @@ def run(
             quantized_by=quantized_by,
             progress=progress,
         )
+    if console.quiet:
+        return
     if as_json:
         print_json(dataclasses.asdict(report) | {"peak_memory": peak_memory()})
     else:
         show_report(console, report, peak_memory())
+
+
+@contextmanager
+def _heard(console: Console, first: bool) -> Iterator[None]:
+    """Of several ranks the first alone says anything."""
+    console.quiet = not first
+    yield
 
 
 @contextmanager
@@ -204,6 +217,8 @@ def stopped() -> Iterator[None]:
             raise
         reason, code = str(error), 2
         cause = interruption.received() or error
+        if isinstance(error, ConnectionError):  # what ends the other ranks sends signals, too
+            cause = error
         if isinstance(cause, KeyboardInterrupt):
             reason, code = "interrupted", INTERRUPTED
         elif isinstance(cause, SystemExit):

@@ -1,0 +1,169 @@
+"""Rounding the matrices of a block: those that read one input together, shared out among the ranks.
+
+Rows never meet while they are rounded, so what reads one input is stacked and cut again as it suits. With
+several ranks, either every one takes some of the inputs with all that reads them (experts, or the few
+inputs of a dense block on as few ranks), or, where there are more ranks than inputs, each rounds some rows of
+all. A Hessian goes only where it is needed; the result goes everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit import ranks
+from lowbit.algorithms import ALGORITHMS, CORRECTIONS
+from lowbit.calibration import STARVED, Group, pool
+from lowbit.hardware import bfloat16_products
+from lowbit.quantized import QuantizedWeight
+from lowbit.results import Layer
+from lowbit.scheme import QuantScheme
+from lowbit.topology import Matrix
+
+T = TypeVar("T")
+
+
+class Task(NamedTuple):
+    """Matrices to round that read the input of one group, and their grid."""
+
+    group: Group
+    members: list[Matrix]
+    scheme: QuantScheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of all of them, stacked."""
+        return sum(matrix.shape[0] for matrix in self.members), self.members[0].shape[1]
+
+
+class Part(NamedTuple):
+    """Some rows of a task, rounded, and what that costs row by row (float32 `[rows]`)."""
+
+    weight: QuantizedWeight
+    lost: Tensor
+    whole: Tensor
+    note: str
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """How matrices are rounded.
+
+    Attributes:
+        method: Key of `ALGORITHMS`.
+        scale_dtype: dtype in which the format stores scales.
+        device: Where the matrices are.
+        rows: How many rows are rounded at once; None: all.
+    """
+
+    method: str
+    scale_dtype: torch.dtype
+    device: torch.device
+    rows: int | None = None
+
+    def each(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, list[tuple[QuantizedWeight, Layer]]]]:
+        """Round task after task; what comes of each of its matrices. Moments are pooled, and let go."""
+        shapes = [task.shape for task in tasks]
+        teams = deal([float(width) ** 2 * (rows + width) for rows, width in shapes])
+        teams = [team[:rows] for team, (rows, _) in zip(teams, shapes, strict=True)]
+        pool([task.group for task in tasks], teams)
+
+        def make(task: int, part: int) -> Part:
+            return self._part(tasks[task], part, len(teams[task]))
+
+        for task, team, own in zip(tasks, teams, each(teams, make), strict=True):
+            yield task, self._whole(task, [self._from(task, p, team, own.get(p)) for p in range(len(team))])
+
+    def _part(self, task: Task, number: int, parts: int) -> Part:
+        """Round the rows that are one rank's own."""
+        group, members, scheme = task
+        hessian = group.moment.mean() if ALGORITHMS[self.method].NEEDS_HESSIAN else None
+        stacked = torch.cat([matrix.weight for matrix in members]).float()
+        drift = group.drift
+        group.release()
+        if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
+            stacked, _ = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
+        stacked = stacked.tensor_split(parts)[number]
+        quantize = ALGORITHMS[self.method].quantize_weight
+        at_once = stacked.split(self.rows or len(stacked))
+        done, notes = zip(
+            *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
+        )
+        weight = QuantizedWeight.stack_rows(done)
+        return Part(weight, *_row_errors(stacked, weight, hessian, self.rows), notes[0])
+
+    def _from(self, task: Task, number: int, team: Sequence[int], own: Part | None) -> Part:
+        """A part, on whatever rank it was made."""
+        (total, width), scheme, by = task.shape, task.scheme, team[number]
+        rows, groups = len(range(total)[number :: len(team)]), scheme.num_groups(width)
+        shapes = [
+            ((rows, width), torch.uint8), ((rows, groups), self.scale_dtype), ((rows, groups), torch.uint8),
+            ((rows,), torch.float32), ((rows,), torch.float32),
+        ]  # fmt: skip
+        mine = own and [own.weight.codes, own.weight.scales, own.weight.zeros, own.lost, own.whole]
+        codes, scales, zeros, lost, whole = ranks.handed(mine, by, self.device, shapes)
+        note = ranks.told(own.note if own else "", by)
+        return Part(QuantizedWeight(codes, scales, zeros, scheme), lost, whole, note)
+
+    def _whole(self, task: Task, parts: Sequence[Part]) -> list[tuple[QuantizedWeight, Layer]]:
+        """The parts put together, and cut into matrices again."""
+        task.group.release()
+        sizes = [matrix.shape[0] for matrix in task.members]
+        weight = QuantizedWeight.stack_rows([part.weight for part in parts])
+        note = parts[0].note or (STARVED if task.group.is_starved() else "")
+        lost, whole = (torch.cat([getattr(part, name) for part in parts]).split(sizes)
+                       for name in ("lost", "whole"))  # fmt: skip
+        found = []
+        for matrix, own, a, b in zip(task.members, weight.split_rows(sizes), lost, whole, strict=True):
+            error = float(a.sum() / b.sum().clamp(min=1e-30))
+            found.append((own, Layer(matrix.module_name, matrix.shape, str(task.scheme), error, note)))
+        return found
+
+
+def deal(costs: Sequence[float]) -> list[list[int]]:
+    """Who works on each of some tasks: one rank on each, or all on every one where there are too few.
+
+    The dearest is dealt first, each to whoever has least to do.
+    """
+    if len(costs) < ranks.size():
+        return [list(range(ranks.size())) for _ in costs]
+    load, found = [0.0] * ranks.size(), [[0] for _ in costs]
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        least = min(range(ranks.size()), key=lambda number: load[number])
+        load[least] += costs[task]
+        found[task] = [least]
+    return found
+
+
+def each(teams: Sequence[Sequence[int]], make: Callable[[int, int], T]) -> Iterator[dict[int, T]]:
+    """Task after task, what this rank made of it, by part; `make(task, part)` makes one part.
+
+    With several ranks all of one's own are made before the first is asked for: nobody waits for another.
+    """
+    if ranks.size() == 1:
+        yield from ({0: make(task, 0)} for task in range(len(teams)))
+        return
+    own = [{p: make(task, p) for p, whose in enumerate(team) if whose == ranks.rank()}
+           for task, team in enumerate(teams)]  # fmt: skip
+    for number in range(len(own)):
+        yield own[number]
+        own[number] = {}
+
+
+def _row_errors(
+    original: Tensor, weight: QuantizedWeight, hessian: Tensor | None, at_once: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The diagonals of `D H D^T` and `W H W^T`, D the error of the weight; H = I without data."""
+    parts = original.split(at_once or len(original))
+    blind = hessian is None or not bool(torch.isfinite(hessian).all()) or not bool(hessian.any())
+    lost: list[Tensor] = []
+    whole: list[Tensor] = []
+    for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):
+        for found, value in ((lost, part - rounded.dequantize()), (whole, part)):
+            with bfloat16_products():  # a report needs three digits, not seven
+                found.append((value if hessian is None or blind else value @ hessian).mul(value).sum(1))
+    return torch.cat(lost), torch.cat(whole)
