@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from lowbit import conversion, gguf_file, hf, pipeline  # noqa: E402
+from lowbit import conversion, gguf_file, hf, native, pipeline  # noqa: E402
 from lowbit.errors import LowbitError  # noqa: E402
 from lowbit.inspection import inspect  # noqa: E402
 from lowbit.packed import Packed  # noqa: E402
@@ -320,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(READERS), help="one reader")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    native.prefer()  # the compiler runs before anything is watched
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="lowbit-fuzz-") as place:
         sources = make_sources(Path(place) / "sound")

@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import torch  # noqa: E402
 
-from lowbit import cli, pipeline, training, work  # noqa: E402
+from lowbit import interruption, pipeline, training, work  # noqa: E402
 from lowbit.scheme import QuantScheme  # noqa: E402
 from tests.tiny import TEXT, make_model  # noqa: E402
 
@@ -63,8 +63,7 @@ class Soak:
             try:
                 # Started in the background by a shell, this process would ignore SIGINT.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                signal.signal(signal.SIGTERM, cli._terminate)
-                sys.unraisablehook = cli._deliver_again  # as `lowbit` itself does
+                interruption.listen()  # as `lowbit` itself does
                 after_commit: Callable[[work.Work], None] | None = options.pop("after_commit", None)
                 if after_commit:
                     notify(after_commit)
@@ -74,16 +73,25 @@ class Soak:
                     **options,
                 )  # fmt: skip
                 code = 0
-            except (ValueError, OSError) as error:  # LowbitError is a ValueError
-                (self.folder / "error.txt").write_text(f"{error}", encoding="utf-8")
-                code = 2
-            except KeyboardInterrupt:
-                code = 130
-            except SystemExit as error:
-                code = int(error.code or 0)
+            except (
+                ValueError,
+                OSError,
+                KeyboardInterrupt,
+                SystemExit,
+            ) as error:  # LowbitError is a ValueError
+                code = self.code_of(interruption.received() or error)
             finally:
                 os._exit(code)
         return process
+
+    def code_of(self, error: BaseException) -> int:
+        """The exit code of a run that an exception ended; what a refusal says is kept."""
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, SystemExit):
+            return int(error.code or 0)
+        (self.folder / "error.txt").write_text(f"{error}", encoding="utf-8")
+        return 2
 
     def run(self, output: Path | None = None, **options: Any) -> int:
         """A run to its end; returns its exit code, negative for a signal."""
