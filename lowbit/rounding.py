@@ -1,9 +1,9 @@
 """Rounding the matrices of a block: those that read one input together, shared out among the ranks.
 
 Rows never meet while they are rounded, so what reads one input is stacked and cut again as it suits. With
-several ranks, either every one takes some of the inputs with all that reads them (experts, or the few
-inputs of a dense block on as few ranks), or, where there are more ranks than inputs, each rounds some rows of
-all. A Hessian goes only where it is needed; the result goes everywhere.
+several ranks each takes some of the inputs with all that reads them (experts, above all); an input that is
+more than a rank's share of the work is everyone's, some rows each. A Hessian goes only where it is needed;
+the result goes everywhere.
 """
 
 from __future__ import annotations
@@ -125,17 +125,17 @@ class Rounder:
 
 
 def deal(costs: Sequence[float]) -> list[list[int]]:
-    """Who works on each of some tasks: one rank on each, or all on every one where there are too few.
+    """Who works on each of some tasks: one rank, or all where a task is dearer than a rank's fair share.
 
     The dearest is dealt first, each to whoever has least to do.
     """
-    if len(costs) < ranks.size():
-        return [list(range(ranks.size())) for _ in costs]
-    load, found = [0.0] * ranks.size(), [[0] for _ in costs]
+    everyone, fair = list(range(ranks.size())), sum(costs) / ranks.size()
+    load, found = [0.0] * ranks.size(), [everyone for _ in costs]
     for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        least = min(range(ranks.size()), key=lambda number: load[number])
-        load[least] += costs[task]
-        found[task] = [least]
+        if costs[task] <= fair:
+            least = min(everyone, key=lambda number: load[number])
+            load[least] += costs[task]
+            found[task] = [least]
     return found
 
 

@@ -120,13 +120,14 @@ def count(shape: Shape, inputs: list[Input], method: str, samples: int, length: 
     writers = [i for i in inputs if i.writes and corrected]
     moments = sum(i.copies * i.share * i.width**2 for i in inputs) * tokens
     drifts = 2.0 * tokens * sum(i.rows * i.width for i in writers)
-    alone = corrected or len(inputs) < ranks  # every rank works on every input, and factors it itself
-    again = {i: ranks if alone and i.copies == 1 else 1 for i in inputs}
+    cost = {i: float(i.width) ** 2 * (i.rows + i.width) for i in inputs}
+    fair = sum(i.copies * cost[i] for i in inputs) / ranks
+    # an input that every rank works on is factored by each; with qronos its turn comes alone
+    again = {i: ranks if i.copies == 1 and (corrected or cost[i] > fair) else 1 for i in inputs}
     factors = sum(again[i] * i.copies * (1 + i.writes * corrected) * i.width**3 / 3 for i in inputs)
     rows = sum(i.copies * i.rows * i.width**2 for i in inputs)
     solves = 2.0 * sum(again[i] * i.rows * i.width**2 for i in writers)
-    columns = sum(i.copies * i.width for i in inputs if i.copies > 1) / ranks
-    columns += sum(i.width for i in inputs if i.copies == 1) / (1 if alone else ranks)
+    columns = sum(again[i] * i.copies * i.width for i in inputs) / ranks
     weights = shape.weights(inputs)
     totals = 4.0 * sum(i.copies * i.width**2 for i in inputs)
     drift_bytes = 4.0 * sum(i.rows * i.width for i in writers)
