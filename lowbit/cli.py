@@ -75,7 +75,16 @@ def _overview() -> str:
 
 
 def main() -> None:
-    """Entry point of the `lowbit` command."""
+    """Entry point of the `lowbit` command: `run`, and out at once where a signal ended it."""
+    try:
+        run()
+    except SystemExit as end:
+        interruption.leave(end.code)
+        raise
+
+
+def run() -> None:
+    """What the arguments of this process ask for; raises SystemExit with the code of `errors.py`."""
     interruption.listen()
     try:
         code = app(prog_name="lowbit", standalone_mode=False)

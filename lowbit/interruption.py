@@ -9,6 +9,7 @@ signal is remembered as well. `received` tells whoever handles an error that a s
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -39,6 +40,18 @@ def check() -> None:
     lost = received()
     if lost is not None:
         raise lost
+
+
+def leave(code: Any) -> None:
+    """End the process with `code` if a signal came; everything of ours is cleaned up and said by then.
+
+    Python would first wait for every thread. A pool whose thread was being started when the signal came (as
+    the one that reads weights in transformers) has a thread that nobody ever tells to end.
+    """
+    if _received:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _raise(signum: int, frame: Any) -> None:

@@ -166,6 +166,22 @@ def test_an_interruption_in_the_middle(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_beside_a_thread_that_never_ends(number: signal.Signals, code: int) -> None:
+    """A pool that is interrupted while it starts a thread forgets it, and Python waits for it for ever."""
+    program = f"""
+import signal, threading
+from lowbit import cli
+threading.Thread(target=threading.Event().wait).start()
+cli.app = lambda **_: signal.raise_signal({number:d})
+cli.main()
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == code
+    assert ended.stderr == ("lowbit: interrupted: nothing was left behind\n" if code == 130 else "")
+
+
 def test_an_interruption_inside_a_destructor_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def __del__(self) -> None:
@@ -202,7 +218,7 @@ def test_an_interruption_that_a_library_swallows(
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.run()
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
