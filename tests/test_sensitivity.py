@@ -149,12 +149,13 @@ def test_what_is_skipped_has_no_price(tiny_model: Callable[..., Path], rows: Ten
 def test_residuals_are_the_variances_that_columns_leave(rows: Tensor) -> None:
     """Of independent columns nothing is predicted; of equal ones only the first to be rounded pays."""
     independent = torch.diag(torch.tensor([4.0, 1.0, 2.0]))
-    found = gptq.residuals(independent, 10**9, damp=0.0)
+    found = gptq.residuals(independent, 10**9, damp=0.0, trust=1.0)
     assert found is not None
     torch.testing.assert_close(found, torch.tensor([4.0, 1.0, 2.0]))
-    random = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) @ torch.randn(6, 6)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     hessian = random.T @ random / 500
-    found = gptq.residuals(hessian, 500, damp=0.0)
+    found = gptq.residuals(hessian, 500, damp=0.0, trust=1.0)
     assert found is not None
     order = hessian.diagonal().argsort(descending=True).tolist()
     for position, column in enumerate(order):

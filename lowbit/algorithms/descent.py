@@ -31,6 +31,7 @@ def descend(
     rounded: QuantizedWeight,
     *,
     ridge: float,
+    trust: float = 1.0,
     rounds: int = 2,
     block_size: int = 128,
 ) -> QuantizedWeight:
@@ -41,10 +42,11 @@ def descend(
         hessian: float32 `[in, in]`, mean of `x x^T`.
         rounded: The weight as it was rounded. Its scales' dtype is that of the result.
         ridge: Added to the diagonal of the Hessian.
+        trust: Factor on what lies off its diagonal.
         rounds: How often the scales are fitted; a pass over the codes stands before and after each.
         block_size: Columns per matrix product; speed only.
     """
-    state = _State(weight, hessian, rounded, ridge, block_size)
+    state = _State(weight, hessian, rounded, ridge, trust, block_size)
     state.choose_codes()
     for _ in range(rounds):
         state.fit_scales()
@@ -63,12 +65,21 @@ class _State:
         zeros: float32 `[groups, out]`.
         lacking: Weight minus rounded weight, float32 `[in, out]`.
         width: Columns per group.
+        hessian: As it was measured; `trust` is the factor on what lies off its diagonal.
     """
 
     def __init__(
-        self, weight: Tensor, hessian: Tensor, rounded: QuantizedWeight, ridge: float, block_size: int
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        rounded: QuantizedWeight,
+        ridge: float,
+        trust: float,
+        block_size: int,
     ) -> None:
-        self.hessian, self.ridge, self.scheme = hessian, ridge, rounded.scheme
+        self.hessian, self.trust, self.scheme = hessian, trust, rounded.scheme
+        self._own = (hessian.diagonal().float() * (1 - trust) + ridge)[:, None]
+        self._curvature = (hessian.diagonal() + ridge).tolist()
         self._alive = (hessian.diagonal() > 0).float()[:, None]  # other columns have no say in a scale
         self.width, self._block_size = rounded.scheme.columns_per_group(len(hessian)), block_size
         self._dtype = rounded.scales.dtype
@@ -81,20 +92,18 @@ class _State:
         """`H E^T` in some rows, `[stop - start, out]`: half the error's slope, which needs few digits."""
         with bfloat16_products():
             pull: Tensor = self.hessian[start:stop] @ self.lacking
-        pull.add_(self.lacking[start:stop], alpha=self.ridge)
-        return pull
+        return pull.mul_(self.trust).addcmul_(self.lacking[start:stop], self._own[start:stop])
 
     def choose_codes(self) -> None:
         """One pass over the columns: for each the code that is best beside the others as they are now."""
         columns = len(self.hessian)
-        diagonal = (self.hessian.diagonal() + self.ridge).tolist()
         for start in range(0, columns, self._block_size):
             stop = min(start + self._block_size, columns)
             pull, changes = self._pull(start, stop), torch.zeros_like(self.lacking[start:stop])
             for k in range(start, stop):
                 here, scale, zero = k - start, self.scales[k // self.width], self.zeros[k // self.width]
-                slope = pull[here].addmv_(changes[:here].T, self.hessian[k, start:k])
-                wanted = slope.div_(diagonal[k]).addcmul_(self.levels[k], scale)
+                slope = pull[here].addmv_(changes[:here].T, self.hessian[k, start:k], alpha=self.trust)
+                wanted = slope.div_(self._curvature[k]).addcmul_(self.levels[k], scale)
                 level = grid.nearest_codes(wanted, scale, zero, self.scheme).sub_(zero)
                 torch.mul(self.levels[k] - level, scale, out=changes[here])
                 self.levels[k] = level
@@ -108,7 +117,7 @@ class _State:
             heard = levels * self._alive[start:stop]
             slope = (self._pull(start, stop) * heard).sum(0)
             curved = self.hessian[start:stop, start:stop] @ heard
-            curvature = curved.add_(heard, alpha=self.ridge).mul_(heard).sum(0)
+            curvature = curved.mul_(self.trust).addcmul_(heard, self._own[start:stop]).mul_(heard).sum(0)
             step = torch.where(curvature > 0, slope / curvature, 0.0)
             fitted = grid.round_scales(scale + step, self._dtype)
             self.lacking[start:stop].addcmul_(levels, scale - fitted)

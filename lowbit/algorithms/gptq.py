@@ -18,6 +18,13 @@ earlier columns is one matrix-vector product over contiguous rows inside a block
 product per block for all that came before it. The block size moves work between the two and
 changes nothing else. Rows never meet: weights that share an input may be stacked and split after.
 
+Text of another kind than the calibration's has other Hessians. How large a channel is changes less than
+which channels go together, and an error that is moved to where the calibration text has no activations is
+paid for where other text has some. So H is taken for what other text may have: its off-diagonal entries are
+scaled down, as Ledoit and Wolf (2004, J. Multivariate Analysis 88) shrink a covariance for the sake of few
+samples, and a tenth of the mean is added to its diagonal. On the calibration's own kind of text that costs
+next to nothing.
+
 What comes out is gone over again by coordinate descent (`descent.py`), which GPTQ's one pass leaves room for.
 """
 
@@ -35,6 +42,9 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
 NEEDS_HESSIAN = True
+DAMP = 0.1
+TRUST = 0.8
+"""Of how two channels go together in the calibration text so much is believed of other text."""
 LEAST_LEFT = 0.1
 """Residuals are corrected by no more than ten times, however few the tokens."""
 
@@ -45,7 +55,8 @@ def quantize_weight(
     scheme: QuantScheme,
     scale_dtype: torch.dtype,
     *,
-    damp: float = 0.03,
+    damp: float = DAMP,
+    trust: float = TRUST,
     act_order: bool = True,
     shrinks: tuple[float, ...] = grid.SHRINKS,
     rounds: int = 2,
@@ -59,6 +70,7 @@ def quantize_weight(
         scheme: The grid.
         scale_dtype: dtype in which the format stores scales.
         damp: Added to the diagonal, relative to its mean; up to 1 where Cholesky fails with less.
+        trust: Factor on what lies off the Hessian's diagonal.
         act_order: Round the columns with the largest inputs first. Scales come from the original
             weight, so that groups stay runs of neighbouring columns and nothing is paid at run time.
         shrinks: Factors on a group's range, tried besides 1 when its scale is searched.
@@ -79,7 +91,7 @@ def quantize_weight(
         order = importance.argsort(descending=True, stable=True)
     else:
         order = torch.arange(len(importance), device=importance.device)
-    factors, note = _factor(hessian, order, damp)
+    factors, note = _factor(hessian, order, damp, trust)
     if factors is None:
         return rtn.quantize_weight(weight, None, scheme, scale_dtype)[0], note
 
@@ -93,7 +105,9 @@ def quantize_weight(
     ridge = factors.ridge
     del factors  # a matrix of the Hessian's size
     if rounds:
-        rounded = descent.descend(weight, hessian, rounded, ridge=ridge, rounds=rounds, block_size=block_size)
+        rounded = descent.descend(
+            weight, hessian, rounded, ridge=ridge, trust=trust, rounds=rounds, block_size=block_size
+        )
     return rounded, note
 
 
@@ -116,7 +130,7 @@ class _Factors:
     ridge: float
 
 
-def residuals(hessian: Tensor, tokens: int, damp: float = 0.03) -> Tensor | None:
+def residuals(hessian: Tensor, tokens: int, damp: float = DAMP, trust: float = TRUST) -> Tensor | None:
     """What a unit of error in each column costs once later columns make up for it, float32 `[in]`.
 
     Few tokens make a column look more predictable than it is: least squares on m columns leaves `1 - m / T`
@@ -126,11 +140,12 @@ def residuals(hessian: Tensor, tokens: int, damp: float = 0.03) -> Tensor | None
         hessian: float32 `[in, in]`, mean of `x x^T`.
         tokens: T, of which it is the mean.
         damp: As in `quantize_weight`.
+        trust: As in `quantize_weight`.
 
     Returns:
         None where the Hessian is of no use.
     """
-    factors, _ = _factor(hessian, hessian.diagonal().argsort(descending=True, stable=True), damp)
+    factors, _ = _factor(hessian, hessian.diagonal().argsort(descending=True, stable=True), damp, trust)
     if factors is None:
         return None
     later = torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
@@ -143,7 +158,7 @@ def _in_place(factors: _Factors) -> Tensor:
     return torch.empty_like(factors.residual).index_copy_(0, factors.order, factors.residual)
 
 
-def _factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[_Factors | None, str]:
+def _factor(hessian: Tensor, order: Tensor, damp: float, trust: float) -> tuple[_Factors | None, str]:
     """Factor the damped Hessian; None, with the reason, where no damping makes that possible."""
     diagonal = hessian.diagonal().float()
     if not torch.isfinite(hessian).all():
@@ -154,7 +169,7 @@ def _factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[_Factors | Non
     mean = diagonal[alive].mean()
     # Cholesky eliminates from the first column on, U from the last: factor the reversed matrix.
     backwards = order.flip(0)
-    matrix = hessian.float().index_select(0, backwards).index_select(1, backwards)
+    matrix = hessian.float().index_select(0, backwards).index_select(1, backwards).mul_(trust)
     # A dead column, whose input was always zero, has a zero row in H: the damping alone makes it
     # independent of the others, and it is rounded as it stands.
     for strength in (damp, *(more for more in (0.01, 0.1, 1.0) if more > damp)):

@@ -17,11 +17,12 @@ W4 = QuantScheme(4, 32)
 
 
 def textbook(
-    weight: Tensor, hessian: Tensor, damp: float, order: list[int], params: QuantizedWeight
+    weight: Tensor, hessian: Tensor, damp: float, trust: float, order: list[int], params: QuantizedWeight
 ) -> Tensor:
     """OBQ in a fixed order (Frantar et al. 2022, equations 2 and 3): the weight as it will be loaded."""
     weight, hessian = weight.double().clone(), hessian.double().clone()
-    hessian += damp * hessian.diagonal().mean() * torch.eye(len(hessian))
+    own = hessian.diagonal()
+    hessian = trust * hessian + torch.diag((1 - trust) * own + damp * own.mean())
     inverse = torch.linalg.inv(hessian)
     width = params.scheme.columns_per_group(len(hessian))
     for k in order:
@@ -38,15 +39,17 @@ def rows_that_agree(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().amax(1).lt(1e-3).double().mean().item()
 
 
+@pytest.mark.parametrize("trust", [1.0, 0.7])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_equals_the_textbook(scheme: QuantScheme, act_order: bool) -> None:
+def test_equals_the_textbook(scheme: QuantScheme, act_order: bool, trust: float) -> None:
     weight, hessian = random_weight(64, 96), second_moment(correlated_inputs(96))
     quantized, note = gptq.quantize_weight(
-        weight, hessian, scheme, torch.bfloat16, damp=0.05, act_order=act_order, rounds=0, block_size=40
-    )
+        weight, hessian, scheme, torch.bfloat16, damp=0.05, trust=trust, act_order=act_order, rounds=0,
+        block_size=40,
+    )  # fmt: skip
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(96))
-    expected = textbook(weight, hessian, 0.05, order, quantized)
+    expected = textbook(weight, hessian, 0.05, trust, order, quantized)
     assert note == ""
     assert rows_that_agree(quantized.dequantize(), expected) >= 0.9
     assert output_error(quantized.dequantize(), weight, hessian) == pytest.approx(
@@ -94,9 +97,9 @@ def test_rows_do_not_meet() -> None:
     """Weights that share an input are stacked, quantized once and split."""
     hessian = second_moment(correlated_inputs(128))
     parts = [random_weight(rows, 128, seed) for seed, rows in enumerate((16, 40, 8))]
-    stacked, _ = gptq.quantize_weight(torch.cat(parts), hessian, W4, torch.bfloat16)
+    stacked, _ = gptq.quantize_weight(torch.cat(parts), hessian, W4, torch.bfloat16, rounds=0)
     for part, together in zip(parts, stacked.split_rows([16, 40, 8]), strict=True):
-        alone, _ = gptq.quantize_weight(part, hessian, W4, torch.bfloat16)
+        alone, _ = gptq.quantize_weight(part, hessian, W4, torch.bfloat16, rounds=0)
         assert torch.equal(alone.scales, together.scales)
         assert rows_that_agree(alone.dequantize(), together.dequantize()) >= 0.85
 
@@ -173,7 +176,8 @@ def test_raised_damping_is_reported() -> None:
     inputs[:, 32:] = inputs[:, :32]
     hessian = second_moment(inputs)
     hessian.diagonal().mul_(0.995)  # as rounding errors would, a little indefinite
-    quantized, note = gptq.quantize_weight(random_weight(8, 64), hessian, W4, torch.bfloat16, damp=0.0)
+    weight = random_weight(8, 64)
+    quantized, note = gptq.quantize_weight(weight, hessian, W4, torch.bfloat16, damp=0.0, trust=1.0)
     assert note.startswith("damping raised from 0 to 0.")
     assert torch.isfinite(quantized.dequantize()).all()
 
@@ -226,3 +230,19 @@ def test_asks_for_what_it_needs() -> None:
         gptq.quantize_weight(random_weight(4, 64), None, W4, torch.bfloat16)
     with pytest.raises(LowbitError, match="does not divide"):
         gptq.quantize_weight(random_weight(4, 48), torch.eye(48), W4, torch.bfloat16)
+
+
+def test_a_little_distrust_pays_on_text_of_another_kind() -> None:
+    """Both texts have the same channels; half of what goes together in one does not in the other."""
+    weight, generator = random_weight(64, 192), torch.Generator().manual_seed(5)
+    shared, own, foreign = (torch.randn(24, 192, generator=generator) for _ in range(3))
+    drawn = torch.randn(2, 4000, 48, generator=generator)
+    noise = 0.3 * torch.randn(2, 4000, 192, generator=generator)
+    seen = second_moment(drawn[0] @ torch.cat([shared, own]) + noise[0])
+    other = second_moment(drawn[1] @ torch.cat([shared, foreign]) + noise[1])
+    wary, trusting = (
+        gptq.quantize_weight(weight, seen, W4, torch.bfloat16, trust=trust)[0].dequantize()
+        for trust in (gptq.TRUST, 1.0)
+    )
+    assert output_error(wary, weight, other) < 0.95 * output_error(trusting, weight, other)
+    assert output_error(wary, weight, seen) < 1.5 * output_error(trusting, weight, seen)
