@@ -34,12 +34,15 @@ def plain_gptq(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(NEEDS_HESSIAN=True, quantize_weight=partial(gptq.quantize_weight, **changes))
 
 
+WHOLE = {"trust": 1.0, "damp": 0.03}  # the calibration text believed as it is
+
 STEPS: dict[str, dict[str, Any]] = {
     "round to nearest, min-max": {"effort": "fast"},
-    "GPTQ, columns in order": {"without": {"act_order": False, "shrinks": (), "rounds": 0}},
-    "+ large inputs first, groups static": {"without": {"shrinks": (), "rounds": 0}},
-    "+ ranges chosen by the residual of LDLᵀ": {"without": {"rounds": 0}},
-    "+ codes and scales gone over again": {"method": "gptq"},
+    "GPTQ, columns in order": {"without": {**WHOLE, "act_order": False, "shrinks": (), "rounds": 0}},
+    "+ large inputs first, groups static": {"without": {**WHOLE, "shrinks": (), "rounds": 0}},
+    "+ ranges chosen by the residual of LDLᵀ": {"without": {**WHOLE, "rounds": 0}},
+    "+ codes and scales gone over again": {"without": WHOLE},
+    "+ less trust in the calibration text (`--method gptq`)": {"method": "gptq"},
     "+ corrected for the layers before (`balanced`)": {"effort": "balanced"},
     "+ scales and norms trained (`high`)": {"effort": "high"},
     "+ on more rows, twice (`max`)": {"effort": "max"},
