@@ -6,7 +6,9 @@ One list per rank, of the runs that it makes; a run holds arguments of `lowbit.q
 arguments of `QuantScheme`, and may have `die`: a rank and a text of its progress at which that rank is
 killed. Prints one line per rank: exit code, what its runs told, how it ended, what it said on stderr.
 
-The ranks are forked, as importing what they need takes longer than what they do.
+The ranks are forked, as importing what they need takes longer than what they do. They multiply in float32
+even where the CPU has units for bfloat16 (`exact_products`): there a sum taken in another order can round to
+another bfloat16, a code to its neighbour, and a token to another expert.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ from lowbit import QuantScheme, ranks
 from lowbit.pipeline import quantize
 
 SECONDS = 240
+
+
+def exact_products() -> None:
+    """Keep `lowbit.hardware.bfloat16_products` from changing anything, in this process."""
+    torch.backends.mkldnn.is_available = lambda: False
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def be(rank: int, count: int, port: int, runs: list[dict[str, Any]], place: Path
 
 def main() -> None:
     torch.set_num_threads(1)
+    exact_products()
     runs = json.loads(sys.argv[1])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
