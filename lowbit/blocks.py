@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from lowbit import correction, pages, ranks, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool, watch
 from lowbit.correction import Originals
+from lowbit.halves import Halves, find_halves
 from lowbit.plan import Plan, align
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
@@ -133,7 +134,7 @@ class BlockQuantizer:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
         with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
-            self._advance(number, [*self._mine, self._probe])
+            self._advance(number, [self._probe] if self._corrected else [*self._mine, self._probe])
         if not ranks.is_first():  # who writes nothing needs no more
             return QuantizedBlock({}, {}, [], {}, [])
         return QuantizedBlock(
@@ -151,34 +152,54 @@ class BlockQuantizer:
     def _correct_and_round(
         self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
     ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
-        """Stage by stage: see what a layer lacks beside the original, correct, round."""
+        """Stage by stage: see what a layer lacks beside the original, correct, round. Then carry on.
+
+        Behind the stage where the block can be cut, batches and twins carry the sum that stands there.
+        """
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []
         originals = Originals(matrices)
         stages = correction.stages(groups)
         writers = ranks.told(correction.find_writers(self.stream, number, self._probe, stages))
-        twins = [self._probe + 1 + batch for batch in self._mine]
-        for done, stage in enumerate(stages):
-            if done - 1 not in writers or done in writers:  # else it was seen with the stage before
-                for place, batch in enumerate(self._mine):
-                    if done not in writers:
+        cut = self._find_cut(number, stages, writers)
+        with ExitStack() as behind:
+            for done, stage in enumerate(stages):
+                here = cut if cut and cut.writer == done else None
+                for batch in self._mine:
+                    if done in writers:
+                        self._compare_sums(number, batch, stages, done, writers, originals, here)
+                    elif done - 1 not in writers:  # else it was seen with the stage before
                         self._compare_inputs(number, batch, stage, None if writers else originals)
-                        continue
-                    sums = (stages[done:], writers[done], done + 1 not in writers)
-                    carried = self._compare_sums(number, batch, *sums, originals)
-                    if done + 1 == len(stages):  # nothing was silent: it is the original's own output
-                        self.stream.hidden[twins[place]] = carried
-            steps = len(twins) * (done + 1) // len(stages) - len(twins) * done // len(stages)
-            self._tell(number, "observing", steps)
-            weights, reports = self._round(number, stage)
-            quantized |= weights
-            layers += reports
-        if len(stages) - 1 in writers:
-            self._tell(number, "carrying on", len(twins))
-        else:
-            with originals:
-                self._advance(number, twins)
+                steps = len(self._mine) * (done + 1) // len(stages) - len(self._mine) * done // len(stages)
+                self._tell(number, "observing", steps)
+                weights, reports = self._round(number, stage)
+                quantized |= weights
+                layers += reports
+                if here:
+                    for batch in self._mine:
+                        _, carried = here.sum_behind(self.stream, number, batch, stages[done:])
+                        self.stream.hidden[batch] = carried
+                    behind.enter_context(here.head.silent())
+            if len(stages) - 1 in writers:
+                self._tell(number, "carrying on", len(self._mine))
+            else:
+                with originals:
+                    self._advance(number, [self._twin(batch) for batch in self._mine])
+            self._advance(number, self._mine)
         return quantized, layers
+
+    def _twin(self, batch: int) -> int:
+        """The same tokens, as the original carries them."""
+        return self._probe + 1 + batch
+
+    def _find_cut(
+        self, number: int, stages: Sequence[Sequence[Group]], writers: Collection[int]
+    ) -> Halves | None:
+        """Where the block can be cut in two: behind the first stage that writes, if others follow."""
+        first = min(writers, default=len(stages))
+        if first >= len(stages) - 1:
+            return None
+        return find_halves(self.stream, number, self._probe, stages, first)
 
     def _compare_inputs(
         self, number: int, batch: int, stage: Sequence[Group], originals: Originals | None
@@ -187,7 +208,7 @@ class BlockQuantizer:
         wanted: dict[Matrix, Tensor] = {}
         if originals is not None:
             with originals, watch(stage) as wanted:
-                self.stream.visit(number, self._probe + 1 + batch)
+                self.stream.visit(number, self._twin(batch))
         with watch(stage) as seen:
             self.stream.visit(number, batch)
         for group in stage:
@@ -196,23 +217,27 @@ class BlockQuantizer:
                 group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
 
     def _compare_sums(
-        self, number: int, batch: int, stages: Sequence[Sequence[Group]], factor: float, both: bool,
-        originals: Originals,
-    ) -> Tensor:  # fmt: skip
-        """What the first of `stages`, which writes, lacks: the sum behind it, beside the original's.
+        self, number: int, batch: int, stages: Sequence[Sequence[Group]], writer: int,
+        writers: Mapping[int, float], originals: Originals, cut: Halves | None,
+    ) -> None:  # fmt: skip
+        """What a stage that writes lacks: the sum behind it, beside the original's.
 
-        Where `both`, the stage after it is observed on the way. Returns the original's sum.
+        The stage after it is observed on the way, unless it writes, too. Where the block is cut here or ends
+        here, the twin carries its sum from now on.
         """
+        sum_behind, rest = cut.sum_behind if cut else correction.sum_behind, stages[writer:]
         with originals:
-            _, wanted = correction.sum_behind(self.stream, number, self._probe + 1 + batch, stages)
-        seen, found = correction.sum_behind(self.stream, number, batch, stages)
-        group = stages[0][0]
-        lacking = (wanted.float() - found.float()).flatten(0, -2) / factor
+            _, wanted = sum_behind(self.stream, number, self._twin(batch), rest)
+        seen, found = sum_behind(self.stream, number, batch, rest)
+        group = rest[0][0]
+        lacking = (wanted.float() - found.float()).flatten(0, -2) / writers[writer]
         group.lacks(seen[group.matrices[0]], lacking, batch == self._probe - 1)
-        for other in (group for stage in stages[1 : 1 + both] for group in stage):
-            if other.matrices[0] in seen:
-                other.moment.add(seen[other.matrices[0]])
-        return wanted
+        if writer + 1 not in writers:
+            for other in (group for stage in rest[1:2] for group in stage):
+                if other.matrices[0] in seen:
+                    other.moment.add(seen[other.matrices[0]])
+        if cut or len(rest) == 1:  # nothing was silent: it is the original's output
+            self.stream.hidden[self._twin(batch)] = wanted
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0

@@ -111,7 +111,7 @@ def find_writers(
     for number, stage in enumerate(stages):
         if len(stage) == 1 and len(stage[0].matrices) == 1:
             factor = _added_factor(
-                stream, block, batch, stage[0].matrices[0], _matrices(stages[number + 1 :])
+                stream, block, batch, stage[0].matrices[0], matrices_of(stages[number + 1 :])
             )
             if factor is not None:
                 found[number] = factor
@@ -126,12 +126,13 @@ def sum_behind(
     Returns:
         What each of their matrices reads, `[..., in]`, and the block's output, `[..., hidden]`.
     """
-    with Silence(_matrices(stages[:1]), _matrices(stages[1:])) as silence:
+    with Silence(matrices_of(stages[:1]), matrices_of(stages[1:])) as silence:
         carried = stream.run(block, batch)
     return silence.seen, carried
 
 
-def _matrices(stages: Sequence[Sequence[Group]]) -> list[Matrix]:
+def matrices_of(stages: Sequence[Sequence[Group]]) -> list[Matrix]:
+    """All of them, in order."""
     return [matrix for stage in stages for group in stage for matrix in group.matrices]
 
 

@@ -46,9 +46,12 @@ class Stream:
         self.hidden = carried or Carried(len(self.batches))
         self.extra_outputs = 0
 
-    def run(self, block: int, batch: int) -> Tensor:
-        """Output of block number `block` for one batch; the carried activations stay as they are."""
-        return self._drive(block, batch)[0]
+    def run(self, block: int, batch: int, read: Tensor | None = None) -> Tensor:
+        """Output of block number `block` for one batch; the carried activations stay as they are.
+
+        `read`, where it is given, is what the block reads in place of them.
+        """
+        return self._drive(block, batch, read=read)[0]
 
     def visit(self, block: int, batch: int) -> None:
         """Run a block for whoever watches it, and may `Stop` it when he has seen enough."""
@@ -64,13 +67,16 @@ class Stream:
         assert grad is not None
         return grad
 
-    def _drive(self, block: int, batch: int, leaves: list[Tensor] | None = None) -> list[Tensor]:
+    def _drive(
+        self, block: int, batch: int, leaves: list[Tensor] | None = None, read: Tensor | None = None
+    ) -> list[Tensor]:
         """Run one block and stop; `leaves` takes its input, cut off from what came before, for a gradient."""
         output: list[Tensor] = []
         forward = self.blocks[block].forward
 
         def run_and_stop(*args: Any, **kwargs: Any) -> Any:
-            args = self._substitute(args, kwargs, batch, leaves)
+            hidden = self.hidden[batch] if read is None else read
+            args = self._substitute(args, kwargs, hidden, leaves)
             result = forward(*args, **kwargs)
             if isinstance(result, tuple):
                 self.extra_outputs = len(result) - 1
@@ -81,7 +87,7 @@ class Stream:
             raise Stop
 
         graph = torch.no_grad() if leaves is None else nullcontext()
-        with self._stand_ins(block), _replaced(self.blocks[block], run_and_stop), graph:
+        with self._stand_ins(block), replaced(self.blocks[block], run_and_stop), graph:
             try:
                 self.model(input_ids=self.batches[batch], use_cache=False)
             except Stop:
@@ -105,14 +111,17 @@ class Stream:
 
         last = len(self.blocks) - 1
         graph = torch.no_grad() if leaf is None else torch.enable_grad()
-        with self._stand_ins(last), _replaced(self.blocks[last], last_hidden), graph:
+        with self._stand_ins(last), replaced(self.blocks[last], last_hidden), graph:
             logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
         return logits
 
     def _substitute(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, leaves: list[Tensor] | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hidden: Tensor | None,
+        leaves: list[Tensor] | None,
     ) -> tuple[Any, ...]:
-        hidden = self.hidden[batch]
         if leaves is not None:
             given: Tensor = args[0] if args else kwargs["hidden_states"]
             hidden = (given if hidden is None else hidden).detach().requires_grad_()
@@ -134,14 +143,15 @@ class Stream:
 
         with ExitStack() as stack:
             for block in self.blocks[:until]:
-                stack.enter_context(_replaced(block, hand_on))
+                stack.enter_context(replaced(block, hand_on))
             yield
 
 
 @contextmanager
-def _replaced(block: nn.Module, forward: Any) -> Iterator[None]:
-    block.forward = forward
+def replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """While active, a module runs that in place of its own forward."""
+    module.forward = forward
     try:
         yield
     finally:
-        del block.forward  # the class's own method shows again
+        del module.forward  # the class's own method shows again

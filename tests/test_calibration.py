@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit import topology
 from lowbit.calibration import find_groups, observe
 from lowbit.hardware import bfloat16_products
-from lowbit.moments import TILE, Moment
+from lowbit.moments import Moment, tile_of
 from tests.test_topology import LoadedBlock
 from tests.tiny import FAMILIES, VOCAB
 
@@ -28,7 +28,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [24, TILE, TILE + 40, 2 * TILE + 8])
+@pytest.mark.parametrize("width", [24, 128, 168, 640, 1288])
 def test_moment_is_the_mean_outer_product(dtype: torch.dtype, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     mean = torch.randn(width, generator=generator)
@@ -44,6 +44,13 @@ def test_moment_is_the_mean_outer_product(dtype: torch.dtype, width: int) -> Non
     assert torch.equal(found, found.T)
     assert (found.double() - expected).norm() <= 1e-6 * expected.norm()
     assert torch.equal(moment.mean(), found)  # asking does not change the answer
+
+
+@pytest.mark.parametrize(("width", "tile"), [(64, 128), (576, 128), (896, 192), (4864, 1024), (11008, 2240)])
+def test_three_fifths_of_a_moment_are_computed(width: int, tile: int) -> None:
+    assert tile_of(width) == tile
+    computed = sum(min(tile, width - start) * (width - start) for start in range(0, width, tile))
+    assert width <= tile or computed / width**2 == pytest.approx(0.6, abs=0.02)
 
 
 def test_moment_follows_a_fold() -> None:

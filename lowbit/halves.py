@@ -1,0 +1,156 @@
+"""A block in two halves: up to the sum behind a matrix that writes, and from there on.
+
+While a block is corrected its matrices are looked at one stage after the other, and much of every run is
+known or not asked for: attention while the MLP is looked at, the MLP while attention is. Once a matrix
+that writes is rounded, the sum behind it can be carried in place of the block's input, and the modules that
+made it be left out; before, those behind it can. What is left out gives zeros, which change no sum.
+
+No architecture is known here. A half is the smallest module that holds its matrices (`self_attn`, `mlp`),
+and whether a block can be cut so is found by trying on a short batch: the numbers must be the block's own, to
+the bit. They are not where attention and MLP stand side by side and read the same norm; such a block is run
+whole every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import correction
+from lowbit.calibration import Group
+from lowbit.stream import Stream, replaced
+from lowbit.topology import Matrix
+
+
+class Half(NamedTuple):
+    """A module that can be left out.
+
+    Attributes:
+        module: What gives zeros then.
+        widths: Of each tensor that it returns beside its input's other dimensions; None for a value that is
+            None.
+        is_tuple: Does it return a tuple?
+    """
+
+    module: nn.Module
+    widths: tuple[int | None, ...]
+    is_tuple: bool
+
+    @contextmanager
+    def silent(self) -> Iterator[list[Tensor]]:
+        """While active the module gives zeros; its last input stands in the list."""
+        given: list[Tensor] = []
+
+        def zeros(*args: Any, **kwargs: Any) -> Any:
+            given[:] = [x := _first_tensor(args, kwargs)]
+            found = tuple(
+                None if width is None else x.new_zeros(*x.shape[:-1], width) for width in self.widths
+            )
+            return found if self.is_tuple else found[0]
+
+        with replaced(self.module, zeros):
+            yield given
+
+
+class Halves(NamedTuple):
+    """Where a block is cut.
+
+    Attributes:
+        writer: Number of the stage behind whose sum that is.
+        head: Holds that stage and those before it.
+        tail: Holds the stages behind it, the first of which is one input: the module's own. None where there
+            is no such module.
+    """
+
+    writer: int
+    head: Half
+    tail: Half | None
+
+    def sum_behind(
+        self, stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]]
+    ) -> tuple[dict[Matrix, Tensor], Tensor]:
+        """`correction.sum_behind` for `stages` from the writer on; what is behind it does not run."""
+        if self.tail is None:
+            return correction.sum_behind(stream, block, batch, stages)
+        with self.tail.silent() as given:
+            seen, carried = correction.sum_behind(stream, block, batch, stages)
+        seen[stages[1][0].matrices[0]] = given[0].detach()
+        return seen, carried
+
+
+def find_halves(
+    stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]], writer: int
+) -> Halves | None:
+    """Where a block can be cut behind the stage `writer`; None if it can't.
+
+    Args:
+        stream: Drives the block.
+        block: Its number.
+        batch: A short batch to try on.
+        stages: In order of use.
+        writer: Number of a stage that writes, and is not the last.
+    """
+    module = stream.blocks[block]
+    early, late = (correction.matrices_of(part) for part in (stages[: writer + 1], stages[writer + 1 :]))
+    head = _half(module, early, late, stream, block, batch)
+    if head is None:
+        return None
+    whole = stream.run(block, batch)
+    seen, carried = correction.sum_behind(stream, block, batch, stages[writer:])
+    with head.silent():
+        again = stream.run(block, batch, read=carried)
+    if not torch.equal(whole, again):
+        return None
+    tail = _half(module, late, early, stream, block, batch) if len(stages[writer + 1]) == 1 else None
+    cut = Halves(writer, head, tail)
+    if tail is not None:
+        own, alone = cut.sum_behind(stream, block, batch, stages[writer:])
+        same = [(carried, alone), *((seen[matrix], own[matrix]) for matrix in own)]
+        if not all(torch.equal(a.flatten(0, -2), b.flatten(0, -2)) for a, b in same):
+            cut = cut._replace(tail=None)
+    return cut
+
+
+def _half(
+    block: nn.Module, own: Sequence[Matrix], others: Sequence[Matrix], stream: Stream, number: int, batch: int
+) -> Half | None:
+    """The smallest module within a block that holds all of `own` and none of `others`."""
+    for module in reversed(list(block.modules())[1:]):  # what is inside comes first
+        inside = set(module.modules())
+        if all(matrix.owner in inside for matrix in own):
+            break
+    else:
+        return None
+    if any(matrix.owner in inside for matrix in others):
+        return None
+    calls: list[tuple[Tensor, Any]] = []
+    forward = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        calls.append((_first_tensor(args, kwargs), result))
+        return result
+
+    with replaced(module, watched):
+        stream.run(number, batch)
+    if len(calls) != 1:
+        return None
+    x, result = calls[0]
+    found = result if isinstance(result, tuple) else (result,)
+    if not all(value is None or _stands_beside(value, x) for value in found):
+        return None
+    widths = tuple(None if value is None else value.shape[-1] for value in found)
+    return Half(module, widths, isinstance(result, tuple))
+
+
+def _stands_beside(value: Any, x: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape[:-1] == x.shape[:-1] and value.dtype == x.dtype
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a module reads: the first tensor that it is given."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

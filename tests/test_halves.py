@@ -1,0 +1,91 @@
+"""A block cut in two gives the bytes of a block run whole, and is cut only where that is so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowbit import blocks, correction
+from lowbit.calibration import find_groups
+from lowbit.halves import Halves, find_halves
+from lowbit.results import Report
+from tests.test_correction import opened
+
+# Attention and MLP read one norm in phi; in gemma3 nothing writes; OPT's fc1 and fc2 lie in the block itself.
+HALVES = {
+    "llama": ("self_attn", "mlp"),
+    "qwen2": ("self_attn", "mlp"),
+    "phi3": ("self_attn", "mlp"),
+    "gpt2": ("attn", "mlp"),
+    "opt": ("self_attn", None),
+    "mixtral": ("self_attn", None),
+    "phi": None,
+}
+
+
+def cut_of(folder: Path) -> tuple[str, str | None] | None:
+    """Names of the halves of the first block."""
+    source, plan, stream = opened(folder)
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
+    writers = correction.find_writers(stream, 0, 0, stages)
+    cut = find_halves(stream, 0, 0, stages, min(writers))
+    names = {module: name for name, module in plan.blocks[0].named_modules()}
+    return cut and (names[cut.head.module], names[cut.tail.module] if cut.tail else None)
+
+
+@pytest.mark.parametrize("family", HALVES)
+def test_halves_are_found(family: str, tiny_model: Callable[..., Path]) -> None:
+    assert cut_of(tiny_model(family)) == HALVES[family]
+
+
+def test_the_sum_stands_in_for_the_input(tiny_model: Callable[..., Path]) -> None:
+    """On tokens that it was not tried on; and the head's weights do not matter any more."""
+    source, plan, stream = opened(tiny_model("llama"), 2)
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    block = plan.blocks[0]
+    stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
+    cut = find_halves(stream, 0, 0, stages, 1)
+    assert isinstance(cut, Halves)
+    whole, gate = stream.run(0, 1), stages[2][0].matrices[0]
+    read: list[Tensor] = []
+    block.mlp.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    stream.run(0, 1)
+    seen, carried = cut.sum_behind(stream, 0, 1, stages[1:])
+    assert torch.equal(seen[gate], read[0])
+    for parameter in block.self_attn.parameters():
+        parameter.data.fill_(torch.nan)
+    with cut.head.silent():
+        assert torch.equal(stream.run(0, 1, read=carried), whole)
+    assert stream.run(0, 1).isnan().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_no_byte_depends_on_it(
+    quantize: Callable[..., Report],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    options = {"method": "qronos", "samples": 12, **({"format": "gptq"} if family == "gpt2" else {})}
+    found: list[Halves | None] = []
+
+    def counted(*args: object) -> Halves | None:
+        found.append(find_halves(*args))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(blocks, "find_halves", counted)
+    cut = quantize(tiny_model(family), output=tmp_path / "cut", **options)
+    assert found
+    assert all(found)
+    monkeypatch.setattr(blocks, "find_halves", lambda *args: None)
+    whole = quantize(tiny_model(family), output=tmp_path / "whole", **options)
+    one, other = (load_file(report.output / "model.safetensors") for report in (cut, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
