@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit import correction, pages, ranks, topology
+from lowbit import pages, ranks, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
-from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool, watch
-from lowbit.correction import Originals
-from lowbit.halves import Halves, find_halves
+from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool
+from lowbit.pair import Pair
 from lowbit.plan import Plan, align
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
@@ -152,92 +151,22 @@ class BlockQuantizer:
     def _correct_and_round(
         self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
     ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
-        """Stage by stage: see what a layer lacks beside the original, correct, round. Then carry on.
-
-        Behind the stage where the block can be cut, batches and twins carry the sum that stands there.
-        """
+        """Stage by stage: see what a layer lacks beside the original, correct, round. Then carry on."""
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []
-        originals = Originals(matrices)
-        stages = correction.stages(groups)
-        writers = ranks.told(correction.find_writers(self.stream, number, self._probe, stages))
-        cut = self._find_cut(number, stages, writers)
-        with ExitStack() as behind:
-            for done, stage in enumerate(stages):
-                here = cut if cut and cut.writer == done else None
-                for batch in self._mine:
-                    if done in writers:
-                        self._compare_sums(number, batch, stages, done, writers, originals, here)
-                    elif done - 1 not in writers:  # else it was seen with the stage before
-                        self._compare_inputs(number, batch, stage, None if writers else originals)
-                steps = len(self._mine) * (done + 1) // len(stages) - len(self._mine) * done // len(stages)
-                self._tell(number, "observing", steps)
+        with Pair(self.stream, number, self._probe, self._mine, matrices, groups) as pair:
+            count, batches = len(pair.stages), len(self._mine)
+            for done, stage in enumerate(pair.stages):
+                pair.look(done)
+                self._tell(number, "observing", batches * (done + 1) // count - batches * done // count)
                 weights, reports = self._round(number, stage)
                 quantized |= weights
                 layers += reports
-                if here:
-                    for batch in self._mine:
-                        _, carried = here.sum_behind(self.stream, number, batch, stages[done:])
-                        self.stream.hidden[batch] = carried
-                    behind.enter_context(here.head.silent())
-            if len(stages) - 1 in writers:
-                self._tell(number, "carrying on", len(self._mine))
-            else:
-                with originals:
-                    self._advance(number, [self._twin(batch) for batch in self._mine])
+                pair.rounded(done)
+            pair.carry_twins()
+            self._tell(number, "carrying on", batches)
             self._advance(number, self._mine)
         return quantized, layers
-
-    def _twin(self, batch: int) -> int:
-        """The same tokens, as the original carries them."""
-        return self._probe + 1 + batch
-
-    def _find_cut(
-        self, number: int, stages: Sequence[Sequence[Group]], writers: Collection[int]
-    ) -> Halves | None:
-        """Where the block can be cut in two: behind the first stage that writes, if others follow."""
-        first = min(writers, default=len(stages))
-        if first >= len(stages) - 1:
-            return None
-        return find_halves(self.stream, number, self._probe, stages, first)
-
-    def _compare_inputs(
-        self, number: int, batch: int, stage: Sequence[Group], originals: Originals | None
-    ) -> None:
-        """What matrices that read lack: their inputs, beside the original's; None: only their moments."""
-        wanted: dict[Matrix, Tensor] = {}
-        if originals is not None:
-            with originals, watch(stage) as wanted:
-                self.stream.visit(number, self._twin(batch))
-        with watch(stage) as seen:
-            self.stream.visit(number, batch)
-        for group in stage:
-            first = group.matrices[0]
-            if first in seen:
-                group.compare(seen[first], wanted.get(first), batch == self._probe - 1)
-
-    def _compare_sums(
-        self, number: int, batch: int, stages: Sequence[Sequence[Group]], writer: int,
-        writers: Mapping[int, float], originals: Originals, cut: Halves | None,
-    ) -> None:  # fmt: skip
-        """What a stage that writes lacks: the sum behind it, beside the original's.
-
-        The stage after it is observed on the way, unless it writes, too. Where the block is cut here or ends
-        here, the twin carries its sum from now on.
-        """
-        sum_behind, rest = cut.sum_behind if cut else correction.sum_behind, stages[writer:]
-        with originals:
-            _, wanted = sum_behind(self.stream, number, self._twin(batch), rest)
-        seen, found = sum_behind(self.stream, number, batch, rest)
-        group = rest[0][0]
-        lacking = (wanted.float() - found.float()).flatten(0, -2) / writers[writer]
-        group.lacks(seen[group.matrices[0]], lacking, batch == self._probe - 1)
-        if writer + 1 not in writers:
-            for other in (group for stage in rest[1:2] for group in stage):
-                if other.matrices[0] in seen:
-                    other.moment.add(seen[other.matrices[0]])
-        if cut or len(rest) == 1:  # nothing was silent: it is the original's output
-            self.stream.hidden[self._twin(batch)] = wanted
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0

@@ -64,6 +64,11 @@ class Carried:
         """Those that are set, by number (`000001`); read one after the other, one at a time is resident."""
         return _Named(self, [n for n, tensor in enumerate(self._tensors) if tensor is not None])
 
+    @property
+    def is_limited(self) -> bool:
+        """Is there a limit to what is kept in memory?"""
+        return self._in_memory is not None
+
     def in_memory(self) -> int:
         """Bytes of the tensors that are not in files."""
         held = (t for i, t in enumerate(self._tensors) if t is not None and i not in self._mapped)

@@ -14,7 +14,7 @@ whole every time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,18 +41,18 @@ class Half(NamedTuple):
     is_tuple: bool
 
     @contextmanager
-    def silent(self) -> Iterator[list[Tensor]]:
-        """While active the module gives zeros; its last input stands in the list."""
+    def silent(self, instead: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """While active the module gives zeros, or `instead`; its last input stands in the list."""
         given: list[Tensor] = []
 
-        def zeros(*args: Any, **kwargs: Any) -> Any:
+        def give(*args: Any, **kwargs: Any) -> Any:
             given[:] = [x := _first_tensor(args, kwargs)]
-            found = tuple(
-                None if width is None else x.new_zeros(*x.shape[:-1], width) for width in self.widths
-            )
-            return found if self.is_tuple else found[0]
+            found = [width and x.new_zeros(*x.shape[:-1], width) for width in self.widths]
+            if instead is not None:
+                found[0] = instead.view(*x.shape[:-1], -1)
+            return tuple(found) if self.is_tuple else found[0]
 
-        with replaced(self.module, zeros):
+        with replaced(self.module, give):
             yield given
 
 
@@ -64,21 +64,35 @@ class Halves(NamedTuple):
         head: Holds that stage and those before it.
         tail: Holds the stages behind it, the first of which is one input: the module's own. None where there
             is no such module.
+        direct: Does the head give what the writer gives, unchanged?
     """
 
     writer: int
     head: Half
-    tail: Half | None
+    tail: Half | None = None
+    direct: bool = False
 
     def sum_behind(
-        self, stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]]
+        self,
+        stream: Stream,
+        block: int,
+        batch: int,
+        stages: Sequence[Sequence[Group]],
+        known: Tensor | None = None,
     ) -> tuple[dict[Matrix, Tensor], Tensor]:
-        """`correction.sum_behind` for `stages` from the writer on; what is behind it does not run."""
-        if self.tail is None:
-            return correction.sum_behind(stream, block, batch, stages)
-        with self.tail.silent() as given:
+        """`correction.sum_behind` for `stages` from the writer on; what is behind it does not run.
+
+        `known`, where the head is direct, is what the writer reads: then what is before it does not run.
+        """
+        with ExitStack() as stack:
+            given = stack.enter_context(self.tail.silent()) if self.tail else []
+            if known is not None:
+                with torch.no_grad():
+                    result = stages[0][0].matrices[0].owner(known)
+                stack.enter_context(self.head.silent(result))
             seen, carried = correction.sum_behind(stream, block, batch, stages)
-        seen[stages[1][0].matrices[0]] = given[0].detach()
+        if given:
+            seen[stages[1][0].matrices[0]] = given[0].detach()
         return seen, carried
 
 
@@ -105,14 +119,22 @@ def find_halves(
         again = stream.run(block, batch, read=carried)
     if not torch.equal(whole, again):
         return None
+    cut = Halves(writer, head)
     tail = _half(module, late, early, stream, block, batch) if len(stages[writer + 1]) == 1 else None
-    cut = Halves(writer, head, tail)
     if tail is not None:
-        own, alone = cut.sum_behind(stream, block, batch, stages[writer:])
-        same = [(carried, alone), *((seen[matrix], own[matrix]) for matrix in own)]
-        if not all(torch.equal(a.flatten(0, -2), b.flatten(0, -2)) for a, b in same):
-            cut = cut._replace(tail=None)
+        longer = cut._replace(tail=tail)
+        own, alone = longer.sum_behind(stream, block, batch, stages[writer:])
+        if _alike(carried, alone) and all(_alike(seen[matrix], own[matrix]) for matrix in own):
+            cut = longer
+    known = seen[stages[writer][0].matrices[0]]
+    if head.widths[0] == carried.shape[-1]:  # else its result is none that is added
+        _, alone = cut.sum_behind(stream, block, batch, stages[writer:], known)
+        cut = cut._replace(direct=_alike(carried, alone))
     return cut
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.flatten(0, -2), b.flatten(0, -2))
 
 
 def _half(

@@ -10,33 +10,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowbit import blocks, correction
+from lowbit import correction, pair, road
 from lowbit.calibration import find_groups
+from lowbit.carried import Carried
 from lowbit.halves import Halves, find_halves
 from lowbit.results import Report
 from tests.test_correction import opened
 
 # Attention and MLP read one norm in phi; in gemma3 nothing writes; OPT's fc1 and fc2 lie in the block itself.
 HALVES = {
-    "llama": ("self_attn", "mlp"),
-    "qwen2": ("self_attn", "mlp"),
-    "phi3": ("self_attn", "mlp"),
-    "gpt2": ("attn", "mlp"),
-    "opt": ("self_attn", None),
-    "mixtral": ("self_attn", None),
+    "llama": ("self_attn", "mlp", True),
+    "qwen2": ("self_attn", "mlp", True),
+    "phi3": ("self_attn", "mlp", True),
+    "gpt2": ("attn", "mlp", True),
+    "opt": ("self_attn", None, True),
+    "mixtral": ("self_attn", None, True),
     "phi": None,
 }
 
 
-def cut_of(folder: Path) -> tuple[str, str | None] | None:
-    """Names of the halves of the first block."""
+def cut_of(folder: Path) -> tuple[str, str | None, bool] | None:
+    """Names of the halves of the first block, and is the first one's result the writer's?"""
     source, plan, stream = opened(folder)
     source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
     stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
     writers = correction.find_writers(stream, 0, 0, stages)
     cut = find_halves(stream, 0, 0, stages, min(writers))
     names = {module: name for name, module in plan.blocks[0].named_modules()}
-    return cut and (names[cut.head.module], names[cut.tail.module] if cut.tail else None)
+    return cut and (names[cut.head.module], names[cut.tail.module] if cut.tail else None, cut.direct)
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -59,12 +60,16 @@ def test_the_sum_stands_in_for_the_input(tiny_model: Callable[..., Path]) -> Non
     seen, carried = cut.sum_behind(stream, 0, 1, stages[1:])
     assert torch.equal(seen[gate], read[0])
     for parameter in block.self_attn.parameters():
-        parameter.data.fill_(torch.nan)
+        if parameter is not block.self_attn.o_proj.weight:
+            parameter.data.fill_(torch.nan)
+    known = seen[stages[1][0].matrices[0]]
+    assert torch.equal(cut.sum_behind(stream, 0, 1, stages[1:], known)[1], carried)
     with cut.head.silent():
         assert torch.equal(stream.run(0, 1, read=carried), whole)
     assert stream.run(0, 1).isnan().all()
 
 
+@pytest.mark.parametrize("limit", [None, 0])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_no_byte_depends_on_it(
     quantize: Callable[..., Report],
@@ -72,7 +77,10 @@ def test_no_byte_depends_on_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     family: str,
+    limit: int | None,
 ) -> None:
+    """Nor on whether what the writer read is kept, which it is not where activations are spilled."""
+    monkeypatch.setattr(road, "Carried", lambda count, in_memory, folder: Carried(count, limit, folder))
     options = {"method": "qronos", "samples": 12, **({"format": "gptq"} if family == "gpt2" else {})}
     found: list[Halves | None] = []
 
@@ -80,11 +88,11 @@ def test_no_byte_depends_on_it(
         found.append(find_halves(*args))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(blocks, "find_halves", counted)
+    monkeypatch.setattr(pair, "find_halves", counted)
     cut = quantize(tiny_model(family), output=tmp_path / "cut", **options)
     assert found
     assert all(found)
-    monkeypatch.setattr(blocks, "find_halves", lambda *args: None)
+    monkeypatch.setattr(pair, "find_halves", lambda *args: None)
     whole = quantize(tiny_model(family), output=tmp_path / "whole", **options)
     one, other = (load_file(report.output / "model.safetensors") for report in (cut, whole))
     assert one.keys() == other.keys()
