@@ -13,7 +13,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lowbit import __version__, interruption
-from lowbit.commands import bench, compare, convert, doctor, evaluate, generate, inspect, plan, push, quantize
+from lowbit.commands import (
+    bench,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    push,
+    quantize,
+    tune,
+)
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
 
 COMMANDS = {
@@ -25,6 +37,7 @@ COMMANDS = {
     "inspect": inspect,
     "generate": generate,
     "bench": bench,
+    "tune": tune,
     "doctor": doctor,
     "push": push,
 }

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_kernels import Layout, dequant_matmul, reference, to_layout, unsupported
+from lowbit_kernels import Layout, dequant_matmul, reference, unsupported
+from lowbit_kernels.tune import Weight, copies_of, graphed, microseconds, random_weight
 
 SHAPES = {
     "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
@@ -33,7 +34,6 @@ SHAPES = {
 """`(out, in)` of the fused query-key-value, output, fused gate-up and down projections."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-L2_BYTES = 256 * 2**20  # more than any GPU's, so that a rotation evicts
 GROUP_SIZE = 128
 TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -60,12 +60,8 @@ class Packed(NamedTuple):
 
 def make_weight(out_features: int, in_features: int, bits: int, dtype: torch.dtype) -> Packed:
     """Random codes, scales of both signs, and zeros, on the GPU."""
-    words, groups = in_features * bits // 32, in_features // GROUP_SIZE
-    packed = torch.randint(-(2**31), 2**31, (out_features, words), dtype=torch.int32, device="cuda")
-    scales = ((torch.rand(out_features, groups, device="cuda") - 0.5) * 0.02).to(dtype)
-    zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
-    layout = to_layout(packed, scales, zeros, bits=bits, group_size=GROUP_SIZE, in_features=in_features)
-    return Packed((packed, scales, zeros), layout, bits, out_features, dtype)
+    weight = Weight(bits, GROUP_SIZE, out_features, in_features, dtype)
+    return Packed(*random_weight(weight, torch.device("cuda")), bits, out_features, dtype)
 
 
 def wrong(bits: int, dtype: torch.dtype) -> list[str]:
@@ -84,31 +80,6 @@ def wrong(bits: int, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def microseconds(calls: list[Any], repeats: int = 40) -> float:
-    """Median time of one call, `calls` in turn, by events around each."""
-    for call in calls[:3] * 2:
-        call()
-    times = []
-    for call in itertools.islice(itertools.cycle(calls), repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return float(torch.tensor([start.elapsed_time(end) for start, end in times]).median()) * 1000
-
-
-def graphed(call: Any) -> Any:
-    """`call` as a CUDA graph: what serving engines replay, without Python's part of the launch."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -122,9 +93,7 @@ def measure(
     """One row a height."""
     weight = make_weight(out, columns, bits, dtype)
     size = sum(t.numel() * t.element_size() for t in weight.layout)
-    copies = [
-        Layout(*(t.clone() for t in weight.layout)) for _ in range(min(8, max(2, L2_BYTES // size + 1)))
-    ]
+    copies = copies_of(weight.layout)
     dense = [torch.randn(out, columns, device="cuda").to(dtype) for _ in range(2)]
     found = []
     for rows in ROWS:

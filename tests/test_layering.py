@@ -100,6 +100,7 @@ LEVELS = {
     "hf": 11,
     "evaluate": 12,
     "speed": 12,
+    "tiles": 12,
     "tasks": 12,
     "inspection": 12,
     "doctor": 12,
@@ -131,6 +132,7 @@ LEVELS = {
     "commands.plan": 30,
     "commands.push": 30,
     "commands.quantize": 30,
+    "commands.tune": 30,
     "cli": 40,
     "__main__": 50,
 }
@@ -238,7 +240,7 @@ def test_kernels_stand_alone() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_kernels_are_imported_lazily_by_the_ops_alone(name: str) -> None:
     tree = parse(MODULES[name])
-    if name not in ("ops", "grouped", "int8"):
+    if name not in ("ops", "grouped", "int8", "tiles"):
         assert "lowbit_kernels" not in top_packages(tree)
         return
     eager = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]

@@ -14,6 +14,7 @@ from lowbit_kernels.dequantize import dequantize_kernel
 from lowbit_kernels.layout import ROW_TILE, WHOLE_ROW, block_columns, padded_tiles
 from lowbit_kernels.prefill import prefill_kernel
 from lowbit_kernels.tiles import Tiles, choose
+from lowbit_kernels.tuned import for_device, shape_key
 
 DECODE_ROWS = 32
 PREFILL_ROWS = 1024
@@ -74,6 +75,21 @@ def grid_constants(bits: int, group_size: int, in_features: int, scale_dtype: to
         "BLOCKS_PER_GROUP": 0 if one_group else max(1, group_size // block),
         "SCALE": _DTYPES[scale_dtype],
     }
+
+
+def tile_for(
+    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, columns: int, features: int,
+    constants: dict[str, Any],
+) -> Tiles:  # fmt: skip
+    """The tile that was timed here for such a product, or else the shipped one."""
+    bits, per_group = constants["BITS"], constants["BLOCKS_PER_GROUP"]
+    measured = for_device(device)
+    if measured:
+        group_size = constants["BK"] * per_group // constants["GROUPS"] if per_group else WHOLE_ROW
+        found = measured.get(shape_key(kernel, bits, dtype, rows, group_size, features, columns))
+        if found is not None:
+            return found
+    return choose(kernel, target(device).arch, bits, dtype, rows)
 
 
 def split(blocks: int, programs: int, tile: Tiles, multiprocessors: int, most: int) -> tuple[int, int]:
@@ -169,7 +185,7 @@ def decode(
 ) -> None:  # fmt: skip
     """`y[rows, out] = x @ w.T + bias` by `decode_kernel`; by expert where `experts` and `order` are given."""
     device = target(x.device)
-    tile = tile or choose("decode", device.arch, constants["BITS"], x.dtype, len(x))
+    tile = tile or tile_for("decode", x.device, x.dtype, *x.shape, y.shape[1], constants)
     (num_rows, in_features), out_features = x.shape, y.shape[1]
     row_tiles = -(-num_rows // tile.rows) if experts is None else len(experts)
     feature_tiles = -(-out_features // tile.features)
@@ -200,11 +216,12 @@ def reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
 
 def prefill(
-    x: Tensor, codes: Tensor, scale_zero: Tensor, bias: Tensor | None, y: Tensor, constants: dict[str, Any]
-) -> None:
+    x: Tensor, codes: Tensor, scale_zero: Tensor, bias: Tensor | None, y: Tensor, constants: dict[str, Any],
+    tile: Tiles | None = None,
+) -> None:  # fmt: skip
     """`y[rows, out] = x @ w.T + bias` by `prefill_kernel`."""
     device = target(x.device)
-    tile = choose("prefill", device.arch, constants["BITS"], x.dtype, len(x))
+    tile = tile or tile_for("prefill", x.device, x.dtype, *x.shape, y.shape[1], constants)
     (num_rows, in_features), out_features = x.shape, y.shape[1]
     tiled = -(-num_rows // tile.rows) * -(-out_features // tile.features)
     parts, per_part = split(codes.shape[-3], tiled, tile, device.multiprocessors, most=1)
