@@ -12,6 +12,7 @@ Matrices that read one input share a moment; which do is seen only when a block 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,12 @@ def keep_to(
     samples: int,
     seq_len: int,
     dial: Effort,
+    kept: Mapping[str, int | None] | None = None,
 ) -> Budget:
-    """The choice that keeps to `max_memory` (`8GB`); what holds a whole model in memory is refused."""
+    """The choice that keeps to `max_memory` (`8GB`); what holds a whole model in memory is refused.
+
+    `kept` is what an earlier part of the run had chosen: other steps would make other bytes.
+    """
     if max_memory is None:
         return Budget()
     if ranks.size() > 1:
@@ -71,6 +76,8 @@ def keep_to(
     if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
         raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
     pages.return_large()
+    if kept:
+        return Budget(**kept)
     return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
 
 

@@ -139,7 +139,8 @@ def quantize(
             told("resume", 1, 1, f"going on from {work.folder}")
         elif ranks.is_first():
             require_room(opened, plan, within, target.parent)
-        budget = keep_to(max_memory, opened, plan, method, dataset, samples, seq_len, dial)
+        kept = work.facts.get("budget")
+        budget = keep_to(max_memory, opened, plan, method, dataset, samples, seq_len, dial, kept)
         batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
         planning.spend_once(within, work, opened, plan, report, batches, dataset, seed, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)

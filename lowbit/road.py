@@ -66,6 +66,7 @@ class Road:
         """Make what is done so far the state to go on from."""
         everything = {
             "report": self.report.to_json(),
+            "budget": dataclasses.asdict(self.budget),
             "skipped": self.plan.skipped,
             "schemes": {name: dataclasses.asdict(scheme) for name, scheme in self.schemes.items()},
             "shapes": self.shapes,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lowbit import QuantScheme, Target, checkpoint, identity, training, work
+from lowbit import QuantScheme, Target, checkpoint, identity, road, training, work
 from lowbit.errors import LowbitError
 from lowbit.results import Report
 from lowbit.verify import VerificationError
@@ -312,3 +312,37 @@ def test_a_report_survives_json() -> None:
     report.layers.append(Layer("a.b", (3, 5), "w4g32", 0.1 + 0.2, "odd"))
     report.verification = Verification("stock transformers", 3, 1e-9)
     assert Report.of_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+def test_a_limit_is_kept_by_the_steps_it_began_with(
+    run: Callable[..., Path],
+    stop_after: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """A later process has more in memory than the first one had, and would choose smaller steps."""
+    used, chosen = [0], []
+    init = road.Road.__init__
+
+    def told(self: road.Road, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        chosen.append(self.budget)
+
+    monkeypatch.setattr(road.Road, "__init__", told)
+    monkeypatch.setattr("lowbit.budget.used_memory", lambda: used[0])
+    limited = {"method": method, "max_memory": "0.7GB"}
+    whole = bytes_of(run("whole", **limited))
+    stop_after(2)
+    with pytest.raises(Killed):
+        run(**limited)
+    assert (tmp_path / "out.lowbit-work").exists()
+    stop_after(None)
+    used[0] = 547_500_000
+    assert bytes_of(run(**limited)) == whole
+    other = bytes_of(run("other", **limited))
+    first, stopped, resumed, fresh = chosen
+    assert first == stopped == resumed
+    assert fresh.tokens < first.tokens
+    assert other.keys() == whole.keys()
