@@ -190,31 +190,6 @@ def stored_dtype(source_dtype: torch.dtype, model_dtype: torch.dtype) -> torch.d
     return torch.float32 if keep else torch.bfloat16
 
 
-def check_target(output: Path, source: str, overwrite: bool, as_file: bool = False) -> None:
-    """Refuse an output, a folder or with `as_file` a file, that would overwrite something.
-
-    Raises:
-        LowbitError: `output` exists and is not empty (or is not a checkpoint), or holds the source.
-    """
-    origin = Path(source).expanduser().resolve()
-    if source and origin.exists() and (origin == output or output in origin.parents):
-        holds = "is" if origin == output else f"holds {source},"
-        raise LowbitError(f"{output} {holds} the model itself: choose another folder")
-    if as_file:
-        if output.is_dir():
-            raise LowbitError(f"{output} is a folder: choose the name of a file")
-        if output.exists() and not overwrite:
-            raise LowbitError(f"{output} exists: choose another or add --overwrite")
-        return
-    if output.is_file():
-        raise LowbitError(f"{output} is a file: choose a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise LowbitError(f"{output} exists and is not empty: choose another or add --overwrite")
-        if not (output / "config.json").is_file():
-            raise LowbitError(f"{output} holds something else than a model: choose another folder")
-
-
 def check_room(folder: Path, needed: int) -> None:
     """Refuse to start where the disk can't hold the result.
 

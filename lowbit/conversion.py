@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from lowbit import beside, checkpoint, formats, gguf_file, hf
+from lowbit import beside, checkpoint, formats, gguf_file, hf, places
 from lowbit import source as sources
 from lowbit.algorithms import rtn
 from lowbit.blocks import Progress
@@ -79,7 +79,7 @@ def convert(
     """
     format = _format(str(output), format)
     started, target = time.monotonic(), Path(output).expanduser().resolve()
-    checkpoint.check_target(target, str(source), overwrite, as_file=format == GGUF)
+    places.check_target(target, str(source), overwrite, as_file=format == GGUF)
     shard_bytes = checkpoint.parse_size(max_shard_size)
     with checkpoint.scratch_beside(target) as scratch:
         opened = Packed(sources.find(str(source), scratch))

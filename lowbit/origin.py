@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowbit import gguf_header
+from lowbit import gguf_header, places
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 from lowbit.untrusted import NEVER_TRUSTED
@@ -31,8 +31,7 @@ def from_hub(model: str) -> Path:
         "original/*",
         "consolidated*",
     ]
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
+    places.check_source(model)
     try:
         folder = Path(snapshot_download(model, ignore_patterns=other))
         return folder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity, planning, ranks, topology
+from lowbit import beside, checkpoint, identity, places, planning, ranks, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
@@ -125,7 +125,7 @@ def quantize(
     with open_work(target, restart) as work:
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
-        checkpoint.check_target(target, _name(model), overwrite)
+        places.check_target(target, _name(model), overwrite)
         opened = Source(_find(model, tokenizer, work.folder), find_dtype(dtype, where))
         plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group, schemes=schemes)  # fmt: skip

@@ -243,7 +243,10 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["eval", "/no/such/folder"], "/no/such/folder does not exist: give a folder or a hub id (org/name)"),
+        (
+            ["eval", "/no/such/folder"],
+            "/no/such/folder does not exist: give a folder, a .gguf file or a hub id (org/name)",
+        ),
         (["eval", "{model}", "--dataset", "missing.txt"], "missing.txt: no such file"),
         (["eval", "{model}", "--dtype", "fast"], "--dtype fast is not supported"),
         (["eval", "{model}", "--device", "gpu"], "--device gpu can't be used here"),

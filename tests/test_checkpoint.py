@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowbit import checkpoint
+from lowbit import checkpoint, places
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError
 
@@ -214,7 +214,7 @@ def test_target(tmp_path: Path) -> None:
     accepted.append((make_checkpoint(tmp_path / "old", "old"), True))
     accepted.append((source / "inside", False))  # in the model's folder, but not in its way
     for output, overwrite in accepted:
-        checkpoint.check_target(output, str(source), overwrite)
+        places.check_target(output, str(source), overwrite)
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("")
@@ -230,18 +230,18 @@ def test_target(tmp_path: Path) -> None:
     ]
     for output, overwrite, message in refused:
         with pytest.raises(LowbitError, match=message):
-            checkpoint.check_target(output, str(source), overwrite)
+            places.check_target(output, str(source), overwrite)
     with pytest.raises(LowbitError, match="the model itself"):
-        checkpoint.check_target(source, str(tmp_path / "link"), True)
-    checkpoint.check_target(tmp_path / "old", "", True)  # a model without a folder
-    checkpoint.check_target(tmp_path / "old", "org/name", True)
+        places.check_target(source, str(tmp_path / "link"), True)
+    places.check_target(tmp_path / "old", "", True)  # a model without a folder
+    places.check_target(tmp_path / "old", "org/name", True)
 
 
 def test_a_gguf_beside_an_old_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", "config")
     (folder / "model.gguf").write_text("the only copy")
     with pytest.raises(LowbitError, match=r"holds .*the model itself"):
-        checkpoint.check_target(folder, str(folder / "model.gguf"), True)
+        places.check_target(folder, str(folder / "model.gguf"), True)
 
 
 def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,38 @@ def test_help_is_quick() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["/no/such", "-o", "out"], "/no/such does not exist"),
+        (["org/name", "-o", "out", "--bits", "9"], "bits=9"),
+        (["org/name", "-o", "out", "--group-size", "7"], "group_size=7"),
+        (["org/name", "-o", "."], "exists and is not empty"),
+    ],
+)
+def test_refusals_are_quick(arguments: list[str], expected: str) -> None:
+    """What can be told without torch and transformers is told before they are imported."""
+    code = """if True:
+        import sys
+        from lowbit.cli import main
+        try:
+            main()
+        except SystemExit:
+            assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+            raise
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", code, "quantize", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_quantize_prints_a_summary(run: Run, tiny_model: Folders, text_file: str, tmp_path: Path) -> None:
     output = tmp_path / "[bold]odd name"
     code, out, err = run("quantize", tiny_model("llama"), "-o", output, "--dataset", text_file,

@@ -109,6 +109,7 @@ LEVELS = {
     "readback": 12,
     "verify": 13,
     "identity": 3,
+    "places": 1,
     "work": 14,
     "beside": 15,
     "comparison": 15,

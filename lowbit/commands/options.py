@@ -9,13 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lowbit.errors import LowbitError
+from lowbit.places import check_source
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lowbit.target import Target
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or .gguf file.", show_default=False)]
+
+def _there(model: str) -> str:
+    """Refuse a path that is none at once."""
+    check_source(model)
+    return model
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hub id, local folder, or .gguf file.",
+        show_default=False,
+        callback=_there,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Native = Annotated[
     Optional[bool],  # noqa: UP045

@@ -24,6 +24,7 @@ from lowbit.commands.options import (
     target_of,
 )
 from lowbit.errors import INTERRUPTED, LowbitError, Stopped
+from lowbit.places import check_target
 from lowbit.scheme import WHOLE_ROW, QuantScheme
 
 if TYPE_CHECKING:
@@ -154,13 +155,18 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a checkpoint that transformers, vLLM and SGLang load."""
+    whole = output.expanduser().resolve()
+    if not whole.with_name(whole.name + ".lowbit-work").exists():  # else it may be this run's own
+        check_target(whole, model, overwrite)
+    auto_group = group_size == "auto" and activation_bits is None
+    if target_bpw is None and target_size is None:
+        _scheme(bits, group_size, symmetric, activation_bits)  # a refusal needs none of what follows
     from lowbit import ranks
     from lowbit.hardware import peak_memory
     from lowbit.pipeline import quantize
     from lowbit.terminal import progress_bar, show_report
 
     console = open_console(as_json)
-    auto_group = group_size == "auto" and activation_bits is None
     target = target_of(target_bpw, target_size, bits, group_size)
     if target and (activation_bits or not symmetric):
         raise LowbitError(f"{target.option} mixes symmetric weight-only schemes: drop the other option")
