@@ -22,6 +22,8 @@ class Layer:
         error: Squared error relative to the squared norm: of the output on the calibration data
             where there is some, else of the weight.
         note: Empty unless something fell back.
+        corrected: Of what would make up for the layers before, how much was put into the weight that was
+            rounded, 0 ... 1: what held-out tokens confirmed; None where nothing was to be made up for.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Layer:
     scheme: str
     error: float
     note: str = ""
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)

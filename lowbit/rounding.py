@@ -47,6 +47,7 @@ class Part(NamedTuple):
     lost: Tensor
     whole: Tensor
     note: str
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Rounder:
         group, members, scheme = task
         hessian = group.moment.mean() if ALGORITHMS[self.method].NEEDS_HESSIAN else None
         stacked = torch.cat([matrix.weight for matrix in members]).float()
-        drift = group.drift
+        drift, corrected = group.drift, None
         group.release()
         if drift is not None and drift.held_out is not None and drift.tokens and hessian is not None:
-            stacked, _ = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
+            stacked, corrected = CORRECTIONS[self.method](stacked, hessian, *drift.lacking(stacked))
         stacked = stacked.tensor_split(parts)[number]
         quantize = ALGORITHMS[self.method].quantize_weight
         at_once = stacked.split(self.rows or len(stacked))
@@ -94,7 +95,7 @@ class Rounder:
             *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
         )
         weight = QuantizedWeight.stack_rows(done)
-        return Part(weight, *_row_errors(stacked, weight, hessian, self.rows), notes[0])
+        return Part(weight, *_row_errors(stacked, weight, hessian, self.rows), notes[0], corrected)
 
     def _from(self, task: Task, number: int, team: Sequence[int], own: Part | None) -> Part:
         """A part, on whatever rank it was made."""
@@ -106,8 +107,8 @@ class Rounder:
         ]  # fmt: skip
         mine = own and [own.weight.codes, own.weight.scales, own.weight.zeros, own.lost, own.whole]
         codes, scales, zeros, lost, whole = ranks.handed(mine, by, self.device, shapes)
-        note = ranks.told(own.note if own else "", by)
-        return Part(QuantizedWeight(codes, scales, zeros, scheme), lost, whole, note)
+        note, corrected = ranks.told((own.note, own.corrected) if own else ("", None), by)
+        return Part(QuantizedWeight(codes, scales, zeros, scheme), lost, whole, note, corrected)
 
     def _whole(self, task: Task, parts: Sequence[Part]) -> list[tuple[QuantizedWeight, Layer]]:
         """The parts put together, and cut into matrices again."""
@@ -120,7 +121,8 @@ class Rounder:
         found = []
         for matrix, own, a, b in zip(task.members, weight.split_rows(sizes), lost, whole, strict=True):
             error = float(a.sum() / b.sum().clamp(min=1e-30))
-            found.append((own, Layer(matrix.module_name, matrix.shape, str(task.scheme), error, note)))
+            name, scheme, corrected = matrix.module_name, str(task.scheme), parts[0].corrected
+            found.append((own, Layer(name, matrix.shape, scheme, error, note, corrected)))
         return found
 
 

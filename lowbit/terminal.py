@@ -91,6 +91,7 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
         "quantized": f"{len(report.layers)} layers to {report.scheme} by {report.method}",
         **({"target": f"{report.plan['budget']}; used {report.plan['achieved']}"} if report.plan else {}),
         "calibrated on": report.calibration,
+        **({"corrected": _corrected(report)} if _corrected(report) else {}),
         "size": f"{_size(report.source_bytes)} -> {_size(report.output_bytes)}",
         "verified": _verification(report),
         "time": f"{report.seconds['all']:.0f} s ({report.cpu_seconds:.0f} CPU s)",
@@ -131,6 +132,15 @@ def show_choice(console: Console, choice: Choice) -> None:
 
 def _line(console: Console, label: str, text: str) -> None:
     console.print(f"  {label}  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _corrected(report: Report) -> str:
+    """How much of what layers had to make up for they do, as far as held-out tokens confirm it."""
+    factors = [layer.corrected for layer in report.layers if layer.corrected is not None]
+    if not factors:
+        return ""
+    mean = sum(factors) / len(factors)
+    return f"{len(factors)} layers for the ones before, by {mean:.0%} of the fit on average"
 
 
 def _ranks(report: Report) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lowbit import QuantScheme, correction
@@ -15,8 +18,10 @@ from lowbit.blocks import BlockQuantizer
 from lowbit.calibration import Moment, find_groups
 from lowbit.formats import FORMATS
 from lowbit.plan import Plan, make_plan
+from lowbit.results import Report
 from lowbit.source import Source
 from lowbit.stream import Stream
+from lowbit.terminal import show_report
 
 W3 = QuantScheme(3, 32)
 # Gemma 3 normalizes what attention and MLP give before it is added: nothing there writes.
@@ -40,6 +45,13 @@ def opened(folder: Path, batches: int = 1) -> tuple[Source, Plan, Stream]:
     random = torch.Generator().manual_seed(0)
     ids = list(torch.randint(3, 90, (batches, 2, 24), generator=random))
     return source, plan, Stream(source.model, plan.blocks, ids)
+
+
+def summary(report: Report) -> str:
+    """What `lowbit quantize` prints in the end."""
+    text = io.StringIO()
+    show_report(Console(file=text, width=200), report, 0)
+    return text.getvalue()
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -121,3 +133,26 @@ def test_every_token_is_counted_once(
     )
     next(iter(quantizer))
     assert set(counted) == {3 * 48}
+
+
+def test_the_summary_says_how_much_is_corrected(
+    quantize: Callable[..., Report], tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors: list[float] = []
+    correct = CORRECTIONS["qronos"]
+
+    def told(*args: Any) -> tuple[Tensor, float]:
+        weight, factor = correct(*args)
+        factors.append(factor)
+        return weight, factor
+
+    monkeypatch.setitem(CORRECTIONS, "qronos", told)
+    report = quantize(tiny_model("llama"), method="qronos", samples=32)
+    found = {layer.name.rpartition(".")[2] for layer in report.layers if layer.corrected is not None}
+    assert found == WRITERS["llama"]
+    assert [layer.corrected for layer in report.layers if layer.corrected is not None] == factors
+    mean = sum(factors) / len(factors)
+    line = f"{len(factors)} layers for the ones before, by {mean:.0%} of the fit"
+    assert line in summary(Report.of_json(report.to_json()))
+    other = quantize(tiny_model("llama"), output=report.output.parent / "gptq", method="gptq")
+    assert "for the ones before" not in summary(other)
