@@ -115,8 +115,8 @@ def count(shape: Shape, inputs: list[Input], method: str, samples: int, length: 
     tokens, corrected = samples * length, method == "qronos"
     active = sum(i.rows * i.width * i.copies * i.share for i in inputs)
     once = 2.0 * tokens * active + 2.0 * tokens * length * shape.heads
-    # qronos: both models up to each matrix that writes, then on; gptq: observed, then on
-    forward = once * (4 if corrected and any(i.writes for i in inputs) else 2)
+    # gptq: observed, then on; qronos: the same of the quantized model, and the original beside it
+    forward = once * (3 if corrected and any(i.writes for i in inputs) else 2)
     writers = [i for i in inputs if i.writes and corrected]
     moments = sum(i.copies * i.share * i.width**2 for i in inputs) * tokens
     drifts = 2.0 * tokens * sum(i.rows * i.width for i in writers)
