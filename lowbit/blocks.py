@@ -116,8 +116,13 @@ class BlockQuantizer:
             "order of layers", [[matrix.module_name for matrix in group.matrices] for group in groups]
         )
         notes = align(self.plan, [[matrix.module_name for matrix in group.matrices] for group in groups])
-        rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES)
-        if self._corrected:
+        idle = not any(self._members(group) for group in groups)  # all of the block is skipped
+        rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES) and not idle
+        quantized: dict[Matrix, QuantizedWeight] = {}
+        layers: list[Layer] = []
+        if idle:
+            self._carry_all(number)
+        elif self._corrected:
             quantized, layers = self._correct_and_round(number, matrices, groups)
             if number == 0 and self._probe < 2:
                 notes.append(
@@ -133,7 +138,8 @@ class BlockQuantizer:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
         with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
-            self._advance(number, [self._probe] if self._corrected else [*self._mine, self._probe])
+            done = idle or self._corrected
+            self._advance(number, [self._probe] if done else [*self._mine, self._probe])
         if not ranks.is_first():  # who writes nothing needs no more
             return QuantizedBlock({}, {}, [], {}, [])
         return QuantizedBlock(
@@ -147,6 +153,13 @@ class BlockQuantizer:
     def _advance(self, number: int, batches: Sequence[int]) -> None:
         for _ in self.stream.advance(number, batches):
             self._tell(number, "carrying on", 1)
+
+    def _carry_all(self, number: int) -> None:
+        """Carry every batch over a block in which nothing is rounded, so that nothing is looked at."""
+        self._tell(number, "nothing to round", len(self._mine) * self._calibrated)
+        self._advance(number, self._mine)
+        if self._corrected:
+            self._advance(number, [self._probe + 1 + batch for batch in self._mine])
 
     def _correct_and_round(
         self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
@@ -170,7 +183,7 @@ class BlockQuantizer:
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
-        with observe(groups, rows):
+        with observe([group for group in groups if self._members(group)], rows):
             for batch in self._mine:
                 self.stream.run(number, batch)
                 self._tell(number, "observing", 1)

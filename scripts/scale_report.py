@@ -8,9 +8,10 @@
 Each run is a process of its own (`lowbit quantize --json`), whose peak resident size the system reports.
 The imports' own, which no plan can change, is measured in one more process and shown beside it. Weights
 of synthetic models are random, and written tensor by tensor: a model larger than memory can be made.
-`--full-blocks` calibrates that many blocks and rounds the rest to nearest; the time of calibrating all
-of them is extrapolated. `--ranks` quantizes one model with so many processes, one thread each, in turn: how
-long the blocks took, what CPU time that was on each rank, and what was sent.
+`--full-blocks` calibrates one block and then that many (two or more) and passes over the rest, and rounds
+all of them to nearest in a run of its own; the time of calibrating all is extrapolated from the first two.
+`--ranks` quantizes one model with so many processes, one thread each, in turn: how long the blocks took,
+what CPU time that was on each rank, and what was sent.
 """
 
 from __future__ import annotations
@@ -136,14 +137,19 @@ def _large(arguments: argparse.Namespace, scratch: Path, base: int) -> None:
     text = make_text(scratch / "text.txt")
     folder = make_llama(scratch / "llama", arguments.shape)
     blocks, full = SHAPES[arguments.shape]["num_hidden_layers"], arguments.full_blocks
-    rest = [f"model.layers.{number}.*" for number in range(full, blocks)]
-    skips = [part for pattern in rest for part in ("--skip", pattern)]
-    found = quantize(folder, scratch / "out", *_options(arguments, text), *skips)
-    print(row(f"{arguments.shape} llama, {full} of {blocks} blocks", found, base), flush=True)
+    taken = []
+    for some in (1, full):
+        rest = [f"model.layers.{number}.*" for number in range(some, blocks)]
+        skips = [part for pattern in rest for part in ("--skip", pattern)]
+        found = quantize(folder, scratch / "out", *_options(arguments, text), *skips)
+        print(row(f"{arguments.shape} llama, {some} of {blocks} blocks", found, base), flush=True)
+        taken.append(found["seconds"]["quantization"])
     rounded = quantize(folder, scratch / "out", "--method", "rtn", *_limit(arguments))
     print(row(f"{arguments.shape} llama, all blocks", rounded, base), flush=True)
-    each = (found["seconds"]["quantization"] - rounded["seconds"]["quantization"] * full / blocks) / full
-    print(f"\n{each:.0f} s for each calibrated block: {each * blocks / 3600:.1f} h for all {blocks}")
+    more = (taken[1] - taken[0]) / (full - 1)  # than carrying the activations over a block
+    carried = (taken[0] - more) / blocks
+    print(f"\n{carried + more:.0f} s for a calibrated block, {carried:.0f} s for one that is passed over: "
+          f"{(taken[0] + (blocks - 1) * more) / 3600:.1f} h for all {blocks}")  # fmt: skip
 
 
 def _ranks(arguments: argparse.Namespace, scratch: Path) -> None:

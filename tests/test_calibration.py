@@ -16,6 +16,7 @@ from lowbit import topology
 from lowbit.calibration import find_groups, observe
 from lowbit.hardware import bfloat16_products
 from lowbit.moments import Moment, tile_of
+from lowbit.results import Report
 from tests.test_topology import LoadedBlock
 from tests.tiny import FAMILIES, VOCAB
 
@@ -197,3 +198,30 @@ def test_equal_tensors_are_not_one_input() -> None:
         ["b.second.weight"],
         ["b.third.weight"],
     ]
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos", "awq"])
+@pytest.mark.parametrize(("skip", "inputs"), [("layers.1.*", 8), ("down_proj", 9)])
+def test_what_is_skipped_is_not_observed(
+    quantize: Callable[..., Report],
+    tiny_model: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    skip: str,
+    inputs: int,
+) -> None:
+    """Of three blocks with four inputs each. That activations are carried over it right is read back."""
+    seen: set[int] = set()
+    add = Moment.add
+
+    def counted(self: Moment, x: Tensor) -> None:
+        seen.add(id(self))
+        kept.append(self)
+        add(self, x)
+
+    kept: list[Moment] = []  # or ids are used again
+    monkeypatch.setattr(Moment, "add", counted)
+    report = quantize(tiny_model("llama"), method=method, skip=[skip], samples=32)
+    assert report.verification is not None
+    corrected = method == "qronos" and skip == "down_proj"  # a writer is looked at to mend what it can
+    assert len(seen) == inputs + (3 if corrected else 0)
