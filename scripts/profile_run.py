@@ -102,16 +102,18 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--output", type=Path, help="keep the checkpoint there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     least = floors(shape_of(options.model), options.method, options.samples, options.seq_len)
     done, found = threading.Event(), Counter[str]()
     watcher = threading.Thread(target=watch, args=(threading.get_ident(), done, found))
     with tempfile.TemporaryDirectory() as scratch:
+        output = options.output or Path(scratch, "out")
         watcher.start()
         started = time.process_time()
         lowbit.quantize(
-            options.model, QuantScheme(options.bits, options.group_size), output=Path(scratch, "out"),
+            options.model, QuantScheme(options.bits, options.group_size), output=output,
             method=options.method, dataset=options.calibration, samples=options.samples,
             seq_len=options.seq_len,
         )  # fmt: skip
