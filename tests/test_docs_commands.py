@@ -84,6 +84,8 @@ def parser() -> Any:
 
     def disarm(command: Any) -> Any:
         command.callback = lambda **_: None
+        for parameter in command.params:  # a model that the text speaks of is not here
+            parameter.callback = None
         for child in getattr(command, "commands", {}).values():
             disarm(child)
         return command
