@@ -23,7 +23,6 @@ Shape = tuple[int, int, int, int, torch.dtype]
 """Bits, group size, outputs, inputs, and what is multiplied: fields of `lowbit_kernels.tune.Weight`."""
 
 Progress = Callable[[str, int, int, str], None]
-HEIGHTS = 6  # entries for each weight
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _timed(weights: list[Shape], device: torch.device, path: Path, progress: Pro
     from lowbit_kernels.tune import Weight
     from lowbit_kernels.tune import tune as time_tiles
 
-    total = HEIGHTS * len(weights)
+    total = len(weights) * sum(len(heights) for heights in tuned.HEIGHTS.values())
     for number, found in enumerate(time_tiles([Weight(*weight) for weight in weights], device), start=1):
         tuned.write(path, {found.name: found.tile})
         progress("tune", number, total, found.name)

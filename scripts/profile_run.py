@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(1)
     least = floors(shape_of(options.model), options.method, options.samples, options.seq_len)
     done, found = threading.Event(), Counter[str]()
-    watcher = threading.Thread(target=watch, args=(threading.get_ident(), done, found))
+    watcher = threading.Thread(target=watch, args=(threading.get_ident(), done, found), daemon=True)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch, "out")
         watcher.start()

@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="so many processes, in turn")
     parser.add_argument("--scratch", help="folder for the models that are made; the system's, by default")
     arguments = parser.parse_args()
+    if arguments.full_blocks is not None and arguments.full_blocks < 2:
+        parser.error(f"--full-blocks {arguments.full_blocks}: one block is compared with more, use 2 or more")
     base = 0 if arguments.ranks else imports()
     if not arguments.ranks:
         print(f"imports alone: {base / 1e9:.2f} GB\n")
