@@ -15,7 +15,7 @@ export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock
 export LOWBIT_ENGINES_VENV ?= $(CURDIR)/.venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-engines lint docs bench bench-static clean
+.PHONY: help demo test test-slow test-engines test-gpu lint docs bench bench-static clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -32,6 +32,9 @@ test-slow: $(INSTALLED) ## Run the slow tests: checkpoints in an environment wit
 
 test-engines: $(INSTALLED) ## Run checkpoints in vLLM, llama.cpp and stock transformers (2.5 GB, once)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+
+test-gpu: $(INSTALLED) ## Run every kernel on this machine's GPU against its naive twin
+	LOWBIT_TEST_GPU=1 $(PYTEST) tests/kernels/checks/check_*.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

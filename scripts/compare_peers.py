@@ -214,21 +214,29 @@ def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[s
 @cache
 def original(model: str, text: str, seq_len: int) -> tuple[Any, Any]:
     """Windows of `text` (`FILE:WINDOWS`), and the original's logits for them: it runs once."""
+    import torch
+
     from lowbit import hf
     from lowbit.comparison import Original
     from lowbit.dataset import evaluation_windows, read_documents
+    from lowbit.hardware import evaluation_dtype
 
     file, _, windows = text.rpartition(":")
+    dtype = evaluation_dtype("auto", torch.device("cpu"))
     tokens = evaluation_windows(read_documents(file, "test"), hf.load_tokenizer(model), seq_len, int(windows))
-    return tokens, Original(hf.load(model, packed=False), tokens, lambda *told: None)
+    return tokens, Original(hf.load(model, packed=False, dtype=dtype), tokens, lambda *told: None)
 
 
 def evaluate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What `lowbit compare` finds for a checkpoint, text by text."""
+    import torch
+
     from lowbit import hf
     from lowbit.evaluate import compare
+    from lowbit.hardware import evaluation_dtype
 
-    model, found = hf.load(folder, packed=False), {}
+    dtype = evaluation_dtype("auto", torch.device("cpu"))
+    model, found = hf.load(folder, packed=False, dtype=dtype), {}
     for text in options.text:
         tokens, logits = original(options.model, text, options.eval_seq_len)
         found[Path(text.rpartition(":")[0]).stem] = compare(model, logits, tokens).to_dict()

@@ -34,14 +34,19 @@ def run(
         typer.Option(min=1, help="How many windows; all of the text by default.", show_default=False),
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision: auto (each one's own), bfloat16, float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Precision: auto (each one's own; float32 where bfloat16 is slow), bfloat16, float32."
+        ),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Put several checkpoints on one page: size against KL divergence from the original."""
     from lowbit.comparison import compare_checkpoints
     from lowbit.comparison_page import render
     from lowbit.errors import LowbitError
-    from lowbit.hardware import find_device, find_dtype
+    from lowbit.hardware import evaluation_dtype, find_device
     from lowbit.terminal import progress_bar, show_comparison
 
     console, where = open_console(as_json), find_device(device)
@@ -55,7 +60,7 @@ def run(
             seq_len=seq_len,
             windows=windows,
             device=where,
-            dtype=dtype if dtype == "auto" else find_dtype(dtype, where),
+            dtype=evaluation_dtype(dtype, where),
             progress=progress,
         )
     output.write_text(render(found), encoding="utf-8")

@@ -62,7 +62,10 @@ def run(
     ] = None,
     device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Precision: auto (the checkpoint's), bfloat16 or float32.")
+        str,
+        typer.Option(
+            help="Precision: auto (the checkpoint's; float32 where bfloat16 is slow), bfloat16 or float32."
+        ),
     ] = "auto",
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Add the result to the checkpoint's report and card.")
@@ -71,10 +74,10 @@ def run(
 ) -> None:
     """Measure perplexity, and what quantization changed: KL divergence, top-1 agreement, answers to tasks."""
     from lowbit import beside
-    from lowbit.hardware import find_device, find_dtype
+    from lowbit.hardware import evaluation_dtype, find_device
 
     where = find_device(device)
-    precision = dtype if dtype == "auto" else find_dtype(dtype, where)
+    precision = evaluation_dtype(dtype, where)
     if tasks is not None and (dataset is not None or windows is not None):
         raise LowbitError("--tasks stands in place of a text: drop --dataset and --windows, or run twice")
     if tasks is None and (limit, fewshot, include_path) != (None, None, None):

@@ -12,7 +12,7 @@ def random_weight(
     scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype, seed: int = 0
 ) -> QuantizedWeight:
     """Every code and every zero from 1 up occurs; half of the scales are negative."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     out_features, in_features = shape
     groups = (out_features, scheme.num_groups(in_features))
     codes = torch.randint(0, scheme.levels, shape, dtype=torch.uint8, generator=generator)

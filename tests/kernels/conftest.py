@@ -1,4 +1,4 @@
-"""`interpreted/` is not collected here: `test_interpreted.py` runs it in a process of its own."""
+"""`checks/` is not collected here: `test_interpreted.py` runs it interpreted, `make test-gpu` on a GPU."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # kernel_compile, kernel_report
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore = [] if os.environ.keys() & {"TRITON_INTERPRET", "LOWBIT_TEST_GPU"} else ["checks"]

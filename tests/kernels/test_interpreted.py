@@ -1,7 +1,7 @@
 """The kernels in Triton's interpreter: numbers without a GPU.
 
 Triton decides at import whether it interprets, and other tests of this process may have imported it, so
-`interpreted/check_*.py` run in a process of their own.
+`checks/check_*.py` run in a process of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHECKS = sorted((Path(__file__).parent / "interpreted").glob("check_*.py"))
+CHECKS = sorted((Path(__file__).parent / "checks").glob("check_*.py"))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)

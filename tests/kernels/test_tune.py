@@ -140,7 +140,7 @@ def test_a_whole_run(
     def outcomes(weights: list[Weight], device: torch.device) -> Iterator[Outcome]:
         for weight in weights:
             name = f"decode w4 bfloat16 m16 g32 {weight.out_features}x{weight.in_features}"
-            yield Outcome(name, 16, OTHER, 3.0, 2.0, {OTHER: "does not run"})
+            yield Outcome(name, 16, OTHER, 3.0, 2.0, {OTHER: 2.0}, {OTHER: "does not run"})
 
     monkeypatch.setattr(tune, "tune", outcomes)
     monkeypatch.setattr(tiles, "find_device", lambda name: GPU)

@@ -55,6 +55,7 @@ class Outcome(NamedTuple):
         tile: The best one.
         shipped: Microseconds with the shipped tile.
         best: Microseconds with `tile`.
+        times: Microseconds of every tile that could be used.
         dropped: Tiles that could not be used, and why.
     """
 
@@ -63,6 +64,7 @@ class Outcome(NamedTuple):
     tile: Tiles
     shipped: float
     best: float
+    times: dict[Tiles, float]
     dropped: dict[Tiles, str]
 
 
@@ -134,19 +136,29 @@ def tune(weights: Sequence[Weight], device: torch.device, timer: Timer = on_gpu)
     for weight in weights:
         layouts = copies_of(random_weight(weight, device)[1])
         for kernel, heights in HEIGHTS.items():
-            yield from (_tune_one(weight, kernel, height, layouts, timer) for height in heights)
+            for height in heights:
+                shipped = choose(kernel, target(device).arch, weight.bits, weight.dtype, height)
+                yield time_one(weight, kernel, height, layouts, candidates(shipped), timer)
 
 
-def _tune_one(weight: Weight, kernel: str, height: int, layouts: Sequence[Layout], timer: Timer) -> Outcome:
+def time_one(
+    weight: Weight,
+    kernel: str,
+    height: int,
+    layouts: Sequence[Layout],
+    tiles: Sequence[Tiles],
+    timer: Timer = on_gpu,
+) -> Outcome:
+    """Time `tiles`, the shipped one first, for a weight (a copy in each of `layouts`) and an entry's rows."""
     rows = 1 if height == HEIGHTS["decode"][0] else height  # few rows are one row, most of the time
     device = layouts[0].codes.device
     x = torch.randn(rows, weight.in_features, device=device).to(weight.dtype)
-    shipped = choose(kernel, target(device).arch, weight.bits, weight.dtype, height)
-    expected, calls, dropped = _run(weight, kernel, x, layouts[0], shipped), {}, {}
-    for tile in candidates(shipped):
+    shipped = tiles[0]
+    expected, calls, dropped = run(weight, kernel, x, layouts[0], shipped), {}, {}
+    for tile in tiles:
         reason = _fault(weight, kernel, x, layouts[0], tile, expected)
         if reason is None:
-            calls[tile] = [partial(_run, weight, kernel, x, layout, tile) for layout in layouts]
+            calls[tile] = [partial(run, weight, kernel, x, layout, tile) for layout in layouts]
         else:
             dropped[tile] = reason
     times: dict[Tiles, list[float]] = {tile: [] for tile in calls}
@@ -161,10 +173,11 @@ def _tune_one(weight: Weight, kernel: str, height: int, layouts: Sequence[Layout
     name = shape_key(
         kernel, weight.bits, weight.dtype, height, group_size, weight.out_features, weight.in_features
     )
-    return Outcome(name, rows, best, medians[shipped], medians[best], dropped)
+    return Outcome(name, rows, best, medians[shipped], medians[best], medians, dropped)
 
 
-def _run(weight: Weight, kernel: str, x: Tensor, layout: Layout, tile: Tiles) -> Tensor:
+def run(weight: Weight, kernel: str, x: Tensor, layout: Layout, tile: Tiles) -> Tensor:
+    """`x @ w.T` by a kernel and a tile."""
     constants = grid_constants(weight.bits, weight.group_size, weight.in_features, weight.dtype)
     y = x.new_empty(len(x), weight.out_features)
     launch = decode if kernel == "decode" else prefill
@@ -178,7 +191,7 @@ def _fault(
 ) -> str | None:
     """Why a tile can't be used; None where it can."""
     try:
-        found = _run(weight, kernel, x, layout, tile)
+        found = run(weight, kernel, x, layout, tile)
     except Exception as error:  # more shared memory than there is, a compiler that gives up
         return f"does not run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()

@@ -1,4 +1,4 @@
-"""`lowbit_kernels.tune` on kernels that are interpreted, with a clock of the test's."""
+"""`lowbit_kernels.tune` with a clock of the test's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit_kernels import matmul, reference, tune
 from lowbit_kernels.tiles import Tiles, choose
 from lowbit_kernels.tune import Weight
 
-CPU = torch.device("cpu")
+HERE = torch.get_default_device()
 WEIGHT = Weight(4, 128, 128, 512, torch.bfloat16)
 
 
@@ -43,7 +43,7 @@ def shipped(kernel: str) -> Tiles:
 
 def test_the_fastest_is_kept() -> None:
     best = {kernel: tune.candidates(shipped(kernel))[1] for kernel in ("decode", "prefill")}
-    found = list(tune.tune([WEIGHT], CPU, clock(lambda tile: 50.0 if tile in best.values() else 60.0)))
+    found = list(tune.tune([WEIGHT], HERE, clock(lambda tile: 50.0 if tile in best.values() else 60.0)))
     assert [outcome.name for outcome in found] == [
         "decode w4 bfloat16 m8 g128 128x512", "prefill w4 bfloat16 m64 g128 128x512",
     ]  # fmt: skip
@@ -53,14 +53,14 @@ def test_the_fastest_is_kept() -> None:
 
 
 def test_a_tie_keeps_what_ships() -> None:
-    first, *_ = tune.tune([WEIGHT], CPU, clock(lambda tile: 60.0 if tile == shipped("decode") else 58.5))
+    first, *_ = tune.tune([WEIGHT], HERE, clock(lambda tile: 60.0 if tile == shipped("decode") else 58.5))
     assert first.tile == shipped("decode")
     assert first.best == first.shipped == 60.0
 
 
 def test_what_is_wrong_or_does_not_run_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     _, wrong, broken, _ = tune.candidates(shipped("decode"))
-    run = tune._run
+    run = tune.run
 
     def spoiled(weight: Weight, kernel: str, x: torch.Tensor, layout: Any, tile: Tiles) -> torch.Tensor:
         if tile == broken:
@@ -68,8 +68,8 @@ def test_what_is_wrong_or_does_not_run_is_dropped(monkeypatch: pytest.MonkeyPatc
         y = run(weight, kernel, x, layout, tile)
         return 1.1 * y if tile == wrong else y
 
-    monkeypatch.setattr(tune, "_run", spoiled)
-    first, *_ = tune.tune([WEIGHT], CPU, clock(lambda tile: 1.0 if tile in (wrong, broken) else 60.0))
+    monkeypatch.setattr(tune, "run", spoiled)
+    first, *_ = tune.tune([WEIGHT], HERE, clock(lambda tile: 1.0 if tile in (wrong, broken) else 60.0))
     assert first.tile == shipped("decode")
     assert set(first.dropped) == {wrong, broken}
     assert "differs" in first.dropped[wrong]
@@ -77,9 +77,9 @@ def test_what_is_wrong_or_does_not_run_is_dropped(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_random_weight_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    canonical, layout = tune.random_weight(WEIGHT, CPU)
+    canonical, layout = tune.random_weight(WEIGHT, HERE)
     x = torch.randn(3, 512).bfloat16()
     expected = reference.dequant_matmul(x, *canonical, bits=4, group_size=128)
-    found = tune._run(WEIGHT, "decode", x, layout, shipped("decode"))
+    found = tune.run(WEIGHT, "decode", x, layout, shipped("decode"))
     assert (found.double() - expected).abs().max() < 2**-7 * expected.abs().max()
     assert len(tune.copies_of(layout)) == 2
