@@ -62,6 +62,7 @@ class Distilled:
     steps: int
 
 
+@torch.enable_grad()  # a caller may have turned gradients off
 def distill(
     model: PreTrainedModel,
     quantized: Mapping[str, QuantizedWeight],
