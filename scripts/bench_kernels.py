@@ -3,8 +3,8 @@
     python scripts/bench_kernels.py --out bench-kernels
 
 First every kernel runs against its naive twin; one wrong result ends the run, since the speed of a wrong
-answer means nothing. Then the linear shapes of three models, from 1 to 4096 rows: microseconds (the median of
-graph replays, with weights in rotation so that they come from memory and not from L2), TFLOP/s, GB/s of
+answer means nothing. Then the linear shapes of three models, from 1 to 4096 rows: microseconds of a product
+in a graph of several (weights in rotation, so that they come from memory and not from L2), TFLOP/s, GB/s of
 packed weights, the fraction of the copy bandwidth measured in the same run, and how many times faster than
 `torch.matmul` with a dense weight.
 Writes `kernels.csv` and, where matplotlib is installed, `kernels.png`.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels import Layout, dequant_matmul, reference, unsupported
-from lowbit_kernels.tune import Weight, copies_of, graphed, microseconds, random_weight
+from lowbit_kernels.tune import Weight, copies_of, on_gpu, random_weight
 
 SHAPES = {
     "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
@@ -84,7 +84,7 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds([lambda: target.copy_(source)]) * 1e6
+    return 2 * source.numel() / on_gpu([lambda: target.copy_(source)]) * 1e6
 
 
 def measure(
@@ -94,12 +94,12 @@ def measure(
     weight = make_weight(out, columns, bits, dtype)
     size = sum(t.numel() * t.element_size() for t in weight.layout)
     copies = copies_of(weight.layout)
-    dense = [torch.randn(out, columns, device="cuda").to(dtype) for _ in range(2)]
+    dense = [torch.randn(out, columns, device="cuda").to(dtype) for _ in range(4)]
     found = []
     for rows in ROWS:
         x = torch.randn(rows, columns, device="cuda").to(dtype)
-        ours = microseconds([graphed(partial(weight.multiply, x, c)) for c in copies])
-        theirs = microseconds([graphed(partial(torch.nn.functional.linear, x, w)) for w in dense])
+        ours = on_gpu([partial(weight.multiply, x, copy) for copy in copies])
+        theirs = on_gpu([partial(torch.nn.functional.linear, x, w) for w in dense])
         found.append(
             {
                 "model": model, "out": out, "in": columns, "bits": bits, "dtype": str(dtype)[6:],

@@ -13,7 +13,8 @@ from lowbit_kernels import int8
 
 
 def compile_for(arch: str, kernel: object, signature: dict[str, str], **options: int) -> CompiledKernel:
-    constants = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
+    known = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    constants = {k: v for k, v in options.items() if k not in known}
     constants |= {name: None for name, kind in signature.items() if kind == "absent"}
     kinds = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}  # type: ignore[attr-defined]
     aligned = {
@@ -23,8 +24,7 @@ def compile_for(arch: str, kernel: object, signature: dict[str, str], **options:
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-    warps, stages = options.get("num_warps", 4), options.get("num_stages", 2)
-    return compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return compile(source, target=target, options={name: options.get(name, known[name]) for name in known})
 
 
 PRODUCT = {
@@ -64,4 +64,15 @@ def test_odd_sizes_compile(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_rounding_compiles(arch: str) -> None:
-    compile_for(arch, int8.round_rows_kernel, ROUND, BLOCK=1024)
+    compile_for(arch, int8.round_rows_kernel, ROUND, BLOCK=1024, **int8.ROUNDING)
+
+
+def test_rounding_is_not_fused() -> None:
+    """A product that is rounded, then a sum: a compiler may make one operation of them, and other codes."""
+
+    def fused(**options: int) -> list[str]:
+        compiled = compile_for("sm_90", int8.round_rows_kernel, ROUND, BLOCK=1024, **options)
+        return [i.name for i in disassemble(compiled) if i.stem == "FFMA" and "12582912" in i.operands]
+
+    assert fused(num_warps=4), "the check finds nothing to forbid"
+    assert not fused(**int8.ROUNDING)

@@ -11,7 +11,6 @@ How time is taken is an argument: a test puts a clock of its own in its place.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,13 +26,14 @@ from lowbit_kernels.tuned import HEIGHTS, shape_key
 
 MARGIN = 0.03
 ROUNDS = 3
+MILLISECONDS = 6.0  # of replays, in a round
 CANDIDATES = 4
 L2_BYTES = 256 * 2**20  # more than any GPU's, so that a rotation evicts
 TOLERANCE = {torch.float16: 2**-9, torch.bfloat16: 2**-6}
 """Of the largest value: two roundings of the result, and sums in another order."""
 
 Timer = Callable[[Sequence[Callable[[], Any]]], float]
-"""Microseconds of one call, of several that do the same on different memory."""
+"""Microseconds of one call, given several that do the same on different memory."""
 
 
 class Weight(NamedTuple):
@@ -86,34 +86,34 @@ def copies_of(layout: Layout) -> list[Layout]:
     return [Layout(*(tensor.clone() for tensor in layout)) for _ in range(min(8, L2_BYTES // size + 2))]
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 40) -> float:
-    """Median time of one call, `calls` in turn, by events around each."""
-    for call in [*calls[:3]] * 2:
+def graphed(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """`calls` one after the other as a CUDA graph: what serving engines replay."""
+    for call in calls:
         call()
-    times = []
-    for call in itertools.islice(itertools.cycle(calls), repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return float(torch.tensor([start.elapsed_time(end) for start, end in times]).median()) * 1000
-
-
-def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` as a CUDA graph: what serving engines replay, without Python's part of the launch."""
-    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for call in calls:
+            call()
     return graph.replay
 
 
 def on_gpu(calls: Sequence[Callable[[], Any]]) -> float:
-    """The usual timer."""
-    return microseconds([graphed(call) for call in calls])
+    """The usual timer: the median over replays of a graph of all `calls`, divided by their number.
+
+    A graph of one call is no measurement of a short kernel: starting a graph takes several microseconds.
+    """
+    replay = graphed(calls)
+    replay()
+    times: list[float] = []
+    while len(times) < 5 or (len(times) < 50 and sum(times) < MILLISECONDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1000 / len(calls)
 
 
 def candidates(shipped: Tiles) -> list[Tiles]:
