@@ -83,6 +83,7 @@ def compile_case(case: Case, arch: str, tile: Tiles | None = None, **changes: bo
     constants = grid_constants(case.bits, case.group_size, 4096, case.dtype) | {
         "BM": tile.rows, "BN": tile.features, "STEP": tile.step, "BAND": 8, "EVEN_K": True,
         "SPLIT": case.kernel == "decode", "BIAS": False, "EXPERTS": False, "ASM": arch.startswith("sm_"),
+        "OVERLAP": case.kernel == "decode" and arch in ("sm_90", "sm_100"),
     } | changes  # fmt: skip
     absent = {"bias": "BIAS", "experts": "EXPERTS", "order": "EXPERTS"}
     constants |= {pointer: None for pointer, flag in absent.items() if not constants[flag]}

@@ -46,10 +46,11 @@ def sizes(kernel: str, height: int) -> list[tuple[int, int, int, int, int]]:
     if kernel == "decode":
         shapes, depths = ((64, 2), (64, 4), (128, 4)), (2, 3, 4) if height == 32 else (3, 4, 5)
         return [(height, features, 0, warps, stages) for features, warps in shapes for stages in depths]
-    found = [(64, 128, step, warps, s) for step in (32, 64) for warps in (4, 8) for s in (3, 4)]
+    found = [(64, 128, step, 8, stages) for step in (32, 64) for stages in (3, 4)]
+    found += [(64, 64, step, 4, stages) for step in (32, 64) for stages in (3, 4)]
     if height > 64:
-        found += [(128, 128, step, 8, stages) for step in (32, 64) for stages in (3, 4)]
-        found += [(256, 128, 16, 8, 4), (256, 128, 32, 8, 3), (256, 128, 32, 8, 4), (256, 128, 64, 8, 3)]
+        found += [(128, features, 64, features // 16, 3) for features in (64, 128)]
+        found += [(128, 128, 32, 8, 3), (256, 128, 32, 8, 3), (256, 128, 16, 8, 4)]
     return found
 
 

@@ -6,7 +6,8 @@ accumulator, once per group, so that a weight costs no multiplication of its own
 There are seldom enough output features to occupy a GPU, so K is split between programs. Their float32
 parts go to a workspace and `reduce_kernel` adds them in a fixed order: the result does not depend on
 which program finishes first. The split is by whole blocks, since an offset that is a multiple of a
-constant keeps the loads 16 bytes wide.
+constant keeps the loads 16 bytes wide. Where the GPU can (`OVERLAP`), `reduce_kernel` is launched while
+the parts are made, and waits for them.
 
 With `EXPERTS`, a tile of rows belongs to one expert of a stack and is gathered: `experts [tiles, 3]` gives
 its expert, and the part of `order` that lists its rows (`grouped.py` makes both).
@@ -80,9 +81,11 @@ def decode_kernel(
     M, N, K, x_stride, num_tiles, num_groups, blocks_per_part,
     BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, EXPERTS: tl.constexpr, ASM: tl.constexpr,
+    BIAS: tl.constexpr, EXPERTS: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (features, rows, part of K); `out` is y `[M, N]`, or its float32 parts `[parts, M, N]`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     R: tl.constexpr = BK * BITS // 16
     tile, part, blocks = tl.program_id(0), tl.program_id(2), tl.cdiv(K, BK)
     first = part * blocks_per_part
@@ -131,14 +134,23 @@ def decode_kernel(
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def reduce_kernel(parts, bias, out, num_parts, size, N, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+def reduce_kernel(
+    parts, bias, out, num_parts, size, N, BLOCK: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """`out[i] = sum of parts[p, i] over p, in order, + bias[i % N]`, rounded once; `size` is M * N."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(num_parts):
-        total += tl.load(parts + index, mask=mask, other=0.0)
-        parts += size
+    parts += index
+    for first in range(0, num_parts, 4):  # four loads under way at a time
+        a = tl.load(parts, mask=mask, other=0.0)
+        b = tl.load(parts + size, mask=mask & (first + 1 < num_parts), other=0.0)
+        c = tl.load(parts + 2 * size, mask=mask & (first + 2 < num_parts), other=0.0)
+        d = tl.load(parts + 3 * size, mask=mask & (first + 3 < num_parts), other=0.0)
+        total = (((total + a) + b) + c) + d
+        parts += 4 * size
     if BIAS:
         total += tl.load(bias + index % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)

@@ -17,8 +17,10 @@ from lowbit_kernels.tiles import Tiles, choose
 from lowbit_kernels.tuned import for_device, shape_key
 
 DECODE_ROWS = 32
-PREFILL_ROWS = 1024
-"""Above this, expanding the weight costs less than a tenth of multiplying by it."""
+_PREFILL_ROWS = {"sm_90": 256}
+"""Measured on an H200: above this, a dense product is so much faster that expanding the weight pays."""
+_PREFILL_ROWS_ELSEWHERE = 1024
+"""Not measured; above this, expanding the weight costs less than a tenth of multiplying by it."""
 
 _BAND = 8
 _REDUCE_BLOCK = 256
@@ -31,6 +33,11 @@ class Target(NamedTuple):
     arch: str
     multiprocessors: int
     ptx: bool
+
+    @property
+    def overlaps(self) -> bool:
+        """Can a kernel be launched before the one that it waits for ends (programmatic dependent launch)?"""
+        return self.ptx and int(self.arch.removeprefix("sm_")) >= 90
 
 
 @cache
@@ -140,7 +147,7 @@ def dequant_matmul(
     rows = x.reshape(-1, in_features)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    if len(rows) > PREFILL_ROWS:
+    if len(rows) > prefill_rows(x.device):
         weight = dequantize(
             codes, scale_zero, bits=bits, group_size=group_size, in_features=in_features,
             out_features=out_features, scale_dtype=scale_dtype, dtype=x.dtype,
@@ -152,6 +159,11 @@ def dequant_matmul(
         with torch.cuda.device_of(x):  # Triton launches on the current device
             launch(rows, codes, scale_zero, bias, y, constants)
     return y.view(*x.shape[:-1], out_features)
+
+
+def prefill_rows(device: torch.device) -> int:
+    """Rows up to which `prefill_kernel` runs; above them the weight is expanded."""
+    return _PREFILL_ROWS.get(target(device).arch, _PREFILL_ROWS_ELSEWHERE)
 
 
 def check(
@@ -201,7 +213,7 @@ def decode(
         num_rows, out_features, in_features, x.stride(0), num_tiles, num_groups, per_part,
         **constants, BM=tile.rows, BN=tile.features, EVEN_K=in_features % constants["BK"] == 0,
         SPLIT=parts > 1, BIAS=bias is not None, EXPERTS=experts is not None, ASM=device.ptx,
-        num_warps=tile.warps, num_stages=tile.stages,
+        OVERLAP=parts > 1 and device.overlaps, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         reduce(out, bias, y)
@@ -209,10 +221,11 @@ def decode(
 
 def reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """`y = parts.sum(0) + bias`, in order."""
-    grid = (-(-y.numel() // _REDUCE_BLOCK),)
+    grid, overlap = (-(-y.numel() // _REDUCE_BLOCK),), target(y.device).overlaps
     reduce_kernel[grid](
-        parts, bias, y, len(parts), y.numel(), y.shape[1], BLOCK=_REDUCE_BLOCK, BIAS=bias is not None
-    )
+        parts, bias, y, len(parts), y.numel(), y.shape[1], BLOCK=_REDUCE_BLOCK, BIAS=bias is not None,
+        OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
 
 
 def prefill(
@@ -232,7 +245,7 @@ def prefill(
         num_rows, out_features, in_features, x.stride(0), scale_zero.shape[-2], per_part,
         **constants, BM=tile.rows, BN=tile.features, STEP=min(tile.step, codes.shape[-1]), BAND=_BAND,
         EVEN_K=in_features % constants["BK"] == 0, SPLIT=parts > 1, BIAS=bias is not None, ASM=device.ptx,
-        num_warps=tile.warps, num_stages=tile.stages,
+        OVERLAP=parts > 1 and device.overlaps, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         reduce(out, bias, y)

@@ -60,8 +60,11 @@ def prefill_kernel(
     BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of y, part of K); row tiles run fastest within a band; `out` as in `decode_kernel`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     R: tl.constexpr = BK * BITS // 16
     STEPS: tl.constexpr = R // STEP
     program, feature_tiles, row_tiles = tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM)

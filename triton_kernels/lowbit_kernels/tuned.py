@@ -24,7 +24,7 @@ import triton
 
 from lowbit_kernels.tiles import Tiles, key
 
-HEIGHTS = {"decode": (8, 16, 32), "prefill": (64, 128, 256, 512, 1024)}
+HEIGHTS = {"decode": (8, 16, 32), "prefill": (64, 128, 256, 1024)}
 """Rows of x up to which one entry holds."""
 
 

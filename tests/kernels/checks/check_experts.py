@@ -7,6 +7,7 @@ import torch
 
 from lowbit import grouped, ops
 from lowbit.scheme import QuantScheme
+from lowbit_kernels.grouped import tile_few_rows, tile_rows
 from tests.formats.samples import random_weight
 
 
@@ -24,3 +25,14 @@ def test_a_stack_through_the_kernel(scheme: QuantScheme, monkeypatch: pytest.Mon
     tensors, rest = stacked.fields()
     found = grouped._in_one_launch(x, experts, *tensors, **rest)
     assert ((found - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "height"), [(1, 8, 8), (8, 128, 8), (40, 3, 8), (130, 60, 16), (300, 5, 32)]
+)
+def test_rows_are_tiled_alike(rows: int, num_experts: int, height: int) -> None:
+    experts = torch.randint(0, num_experts, (rows,))
+    for found, expected in zip(
+        tile_few_rows(experts, num_experts, height), tile_rows(experts, num_experts, height), strict=True
+    ):
+        assert torch.equal(found, expected)
