@@ -3,7 +3,9 @@
 For a few rows a product is bound by the memory it reads, and `_weight_int4pack_mm_for_cpu` reads
 half a byte per weight. For many rows it is bound by arithmetic, where nothing beats a dense bfloat16
 product: the weights are dequantized tile by tile, each small enough for the cache, and multiplied.
-`MOST_ROWS` lies where the two cross; `scripts/cpu_thresholds.py` measures it. On request `native.c` takes
+`MOST_ROWS` lies where the two cross; `scripts/cpu_thresholds.py` measures it. A CPU that has no bfloat16
+products (AVX2: most laptops) takes twenty times as long for one as for a float32 one, so tiles and
+activations are float32 there, and the result is rounded. On request `native.c` takes
 both places, on the same layout.
 
 The kernel computes `(code - 8) * scale + zero` with codes of four bits, bfloat16 scales and zeros,
@@ -88,6 +90,12 @@ def block() -> Block | None:
     return None
 
 
+@cache
+def has_bfloat16() -> bool:
+    """Does oneDNN multiply bfloat16 on this CPU? Where it does not, torch does, one number at a time."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def fits(weight: QuantizedWeight) -> bool:
     """Can the kernel hold it? Its groups must be a multiple of 32 columns wide."""
     return block() is not None and weight.scheme.columns_per_group(weight.shape[1]) % _GROUPS[-1] == 0
@@ -170,6 +178,8 @@ def _multiply_by_tiles(
     x: Tensor, tiles: Tensor, scales: Tensor, out_features: int, planes: int, bias: Tensor | None
 ) -> Tensor:
     product = x.new_empty(x.shape[0], out_features)
+    if not has_bfloat16():
+        x = x.float()
     in_native = native.enabled() and x.dtype == torch.bfloat16
     group = planes * x.shape[1] // scales.shape[0]
     step = max(1, (_NATIVE_TILE if in_native else _TILE) // x.shape[1] // _block().rows) * _block().rows

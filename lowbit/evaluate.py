@@ -32,6 +32,7 @@ from lowbit import hf
 from lowbit.dataset import evaluation_windows, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
+from lowbit.hardware import evaluation_dtype
 
 Progress: TypeAlias = Callable[[int, int], None]
 Logits: TypeAlias = Callable[[int, Tensor], Tensor]
@@ -119,8 +120,11 @@ def perplexity(
             raise LowbitError("a loaded model needs its tokenizer: pass tokenizer=, or the model's folder")
         tokenizer = hf.load_tokenizer(model)
     tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
-    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False)
-    original = hf.load(reference, packed=False) if isinstance(reference, str | Path) else reference
+    dtype = evaluation_dtype("auto", torch.device("cpu"))
+    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False, dtype=dtype)
+    original = (
+        hf.load(reference, packed=False, dtype=dtype) if isinstance(reference, str | Path) else reference
+    )
     return compare(loaded, original, tokens, progress, divergence)
 
 

@@ -7,13 +7,14 @@ answer means nothing. Then the linear shapes of three models, from 1 to 4096 row
 in a graph of several (weights in rotation, so that they come from memory and not from L2), TFLOP/s, GB/s of
 packed weights, the fraction of the copy bandwidth measured in the same run, and how many times faster than
 `torch.matmul` with a dense weight.
-Writes `kernels.csv` and, where matplotlib is installed, `kernels.png`.
+Writes `kernels.csv`, `kernels.md` and, where matplotlib is installed, `kernels.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import itertools
 import sys
 from functools import partial
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from lowbit_kernels import Layout, dequant_matmul, reference, unsupported
@@ -113,6 +115,21 @@ def measure(
     return found
 
 
+def table(rows: list[dict[str, Any]], head: str) -> str:
+    """Microseconds and, in brackets, times `torch.matmul`: one Markdown table a width and dtype."""
+    found = [head]
+    for bits, dtype in sorted({(int(row["bits"]), row["dtype"]) for row in rows}):
+        chosen = [row for row in rows if (int(row["bits"]), row["dtype"]) == (bits, dtype)]
+        shapes = list(dict.fromkeys((row["out"], row["in"]) for row in chosen))
+        found.append(f"\n| W{bits} {dtype}, rows of x | {' | '.join(f'{o} x {i}' for o, i in shapes)} |")
+        found.append("|---" * (1 + len(shapes)) + "|")
+        for height in dict.fromkeys(row["rows"] for row in chosen):
+            cells = [f"{float(row['us']):.1f} us ({float(row['speedup']):.2f}x)"
+                     for row in chosen if row["rows"] == height]  # fmt: skip
+            found.append(f"| {height} | {' | '.join(cells)} |")
+    return "\n".join(found) + "\n"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-up over dense against rows, one line a shape."""
     try:
@@ -153,10 +170,11 @@ def main() -> None:
         if faults := wrong(bits, dtype):
             sys.exit("wrong results, nothing was timed:\n" + "\n".join(faults))
     bandwidth = copy_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, copies {bandwidth / 1e9:.0f} GB/s; "
-        "every kernel agrees with its twin"
+    head = (
+        f"{torch.cuda.get_device_name()}, copies {bandwidth / 1e9:.0f} GB/s, torch {torch.__version__}, "
+        f"Triton {triton.__version__}, {datetime.date.today()}; every kernel agrees with its twin."
     )
+    print(head)
     rows = []
     for model in arguments.models:
         for (out, columns), (bits, dtype) in itertools.product(SHAPES[model], settings):
@@ -166,6 +184,7 @@ def main() -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    (arguments.out / "kernels.md").write_text(table(rows, head), encoding="utf-8")
     plot(rows, arguments.out / "kernels.png")
 
 

@@ -33,6 +33,18 @@ def test_kernel_and_tiles_agree_at_the_threshold() -> None:
         assert ((many.double() - few.double()).abs() / mass).max() < 2**-7
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_bfloat16_products_tiles_are_float32(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact but for the rounding of the result; in bfloat16 the weights are rounded, too."""
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    weight = random_weight(QuantScheme(bits, 64), (96, 192), torch.bfloat16)
+    x, bias = torch.randn(cpu.MOST_ROWS + 1, 192).bfloat16(), torch.randn(96).bfloat16()
+    exact = x.double() @ weight.dequantize(torch.float64).T + bias.double()
+    found = cpu.matmul(x, *cpu.tile(weight), 96, bias)
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-3).all()
+
+
 def test_what_is_kept_between_calls_is_not_handed_out() -> None:
     """A later call must not overwrite an earlier result."""
     weight = random_weight(QuantScheme(4, 32), (96, 192), torch.bfloat16)
