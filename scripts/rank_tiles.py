@@ -1,7 +1,7 @@
 """Fill `tiles.json` without a GPU: compile every candidate, throw out the bad, rank the rest.
 
-    python scripts/rank_tiles.py                 # all of it, some minutes on one core
-    python scripts/rank_tiles.py --arch sm_90    # one architecture, the others kept
+    python scripts/rank_tiles.py                 # all but sm_90, which `time_tiles.py` fills; some minutes
+    python scripts/rank_tiles.py --arch sm_89    # one architecture, the others kept
 
 A candidate that spills, converts integers to floats, or waits for a load in its main loop is out. For decode,
 those with enough headroom over memory and enough bytes in flight come first, in order of instructions per
@@ -66,7 +66,7 @@ def best(case: Case, arch: str) -> tuple[Tiles, Static]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=NVIDIA, nargs="+", default=NVIDIA)
+    parser.add_argument("--arch", choices=NVIDIA, nargs="+", default=[a for a in NVIDIA if a != "sm_90"])
     arguments = parser.parse_args()
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     for arch in arguments.arch:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit import grid
+from lowbit.algorithms import columns
 from lowbit.hardware import bfloat16_products
 from lowbit.quantized import QuantizedWeight
 
@@ -78,15 +79,19 @@ class _State:
         block_size: int,
     ) -> None:
         self.hessian, self.trust, self.scheme = hessian, trust, rounded.scheme
+        self.width = rounded.scheme.columns_per_group(len(hessian))
         self._own = (hessian.diagonal().float() * (1 - trust) + ridge)[:, None]
-        self._curvature = (hessian.diagonal() + ridge).tolist()
+        curvature = hessian.diagonal().float() + ridge
+        self._curvature, self._inverse = curvature.tolist(), 1 / curvature
+        self._groups = torch.arange(len(hessian), device=hessian.device) // self.width
         self._alive = (hessian.diagonal() > 0).float()[:, None]  # other columns have no say in a scale
-        self.width, self._block_size = rounded.scheme.columns_per_group(len(hessian)), block_size
+        self._block_size = block_size
         self._dtype = rounded.scales.dtype
         self.scales, self.zeros = rounded.scales.T.float().contiguous(), rounded.zeros.T.float().contiguous()
-        groups = rounded.codes.T.float().unflatten(0, (-1, self.width))
+        groups = rounded.codes.T.contiguous().float().unflatten(0, (-1, self.width))
         self.levels = groups.sub_(self.zeros[:, None]).flatten(0, 1)
-        self.lacking = weight.T.float() - (groups * self.scales[:, None]).flatten(0, 1)
+        self.lacking = (groups * self.scales[:, None]).flatten(0, 1)
+        torch.sub(weight.T, self.lacking, out=self.lacking)
 
     def _pull(self, start: int, stop: int) -> Tensor:
         """`H E^T` in some rows, `[stop - start, out]`: half the error's slope, which needs few digits."""
@@ -96,9 +101,17 @@ class _State:
 
     def choose_codes(self) -> None:
         """One pass over the columns: for each the code that is best beside the others as they are now."""
-        columns = len(self.hessian)
-        for start in range(0, columns, self._block_size):
-            stop = min(start + self._block_size, columns)
+        count, sweep = len(self.hessian), columns.sweep(self.levels.device, self._block_size)
+        for start in range(0, count, self._block_size):
+            stop = min(start + self._block_size, count)
+            if sweep is not None:
+                self.levels[start:stop], changes = sweep(
+                    self._pull(start, stop), self.trust * self.hessian[start:stop, start:stop], self.scales,
+                    self.zeros, self._groups[start:stop], self.scheme.levels - 1, self.levels[start:stop],
+                    self._inverse[start:stop],
+                )  # fmt: skip
+                self.lacking[start:stop] += changes
+                continue
             pull, changes = self._pull(start, stop), torch.zeros_like(self.lacking[start:stop])
             for k in range(start, stop):
                 here, scale, zero = k - start, self.scales[k // self.width], self.zeros[k // self.width]

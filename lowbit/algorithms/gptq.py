@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lowbit import grid
-from lowbit.algorithms import descent, rtn
+from lowbit.algorithms import columns, descent, rtn
 from lowbit.errors import LowbitError
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
@@ -193,18 +193,26 @@ def _round_columns(
 ) -> Tensor:
     """Codes, uint8 `[out, in]`, of `weight` on the grid `scales, zeros [out, groups]`."""
     feedback, order = factors.feedback, factors.order
-    group_of = (order // scheme.columns_per_group(len(order))).tolist()
+    groups = order // scheme.columns_per_group(len(order))
+    group_of, sweep = groups.tolist(), columns.sweep(weight.device, block_size)
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
-    columns = weight.T.float()[order]
-    errors = torch.zeros_like(columns)
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    wanted_at_first = weight.T.float()[order]
+    errors = torch.zeros_like(wanted_at_first)
+    codes = torch.empty(errors.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
-        block = torch.addmm(columns[start:stop], feedback[start:stop, :start], errors[:start])
+        block = torch.addmm(wanted_at_first[start:stop], feedback[start:stop, :start], errors[:start])
+        if sweep is not None:
+            part, mixing = groups[start:stop], feedback[start:stop, start:stop]
+            levels, errors[start:stop] = sweep(
+                block, mixing, scales, zeros, part, scheme.levels - 1, wanted_at_first[start:stop]
+            )
+            codes[start:stop] = levels.add_(zeros[part])
+            continue
         for k in range(start, stop):
             wanted = block[k - start].addmv_(errors[start:k].T, feedback[k, start:k])
             scale, zero = scales[group_of[k]], zeros[group_of[k]]
             rounded = grid.nearest_codes(wanted, scale, zero, scheme)
             codes[k] = rounded
-            torch.sub(columns[k], rounded.sub_(zero).mul_(scale), out=errors[k])
+            torch.sub(wanted_at_first[k], rounded.sub_(zero).mul_(scale), out=errors[k])
     return codes[order.argsort()].T.contiguous()

@@ -1,8 +1,8 @@
 """Triton kernels for weights of 4 or 8 bits: `y = x @ dequantize(weight).T + bias`, weight kept packed.
 
 The package imports torch and triton and nothing of `lowbit`, which in turn imports it lazily, where it
-multiplies (`lowbit/ops.py`, `grouped.py`, `int8.py`) and where it times (`tiles.py`): lowbit installs and
-works where there is no GPU and no Triton.
+multiplies (`lowbit/ops.py`, `grouped.py`, `int8.py`), where it rounds (`algorithms/columns.py`) and where it times
+(`tiles.py`): lowbit installs and works where there is no GPU and no Triton.
 Importing it touches no driver. Every kernel has a naive twin in plain PyTorch, in `reference.py`, that
 is its specification.
 
@@ -26,8 +26,8 @@ The functions::
 
     dequant_matmul(x, codes, scale_zero, bias=None, *, bits, group_size, out_features, scale_dtype) -> Tensor
         x `[..., in]` float16 or bfloat16, any strides, any number of rows, none included. Decode kernel
-        up to 32 rows, prefill kernel up to 1024, above that dequantize and torch.matmul. The same bits
-        on every run.
+        up to 32 rows, prefill kernel up to 256 or 1024, above that dequantize and torch.matmul. The same
+        bits on every run.
 
     dequantize(codes, scale_zero, *, bits, group_size, in_features, out_features, scale_dtype, dtype)
         -> Tensor `[out, in]`
@@ -37,6 +37,9 @@ The functions::
 
     int8.int8_matmul(x, weight, scales, bias=None) -> Tensor
         x rounded to int8 per row, times an int8 weight `[out, in]` as the checkpoint has it.
+
+    sweep.round_columns(base, mixing, scales, zeros, groups, largest, start, inverse=None)
+        -> levels, errors. For quantizing: the columns of a block rounded one after the other.
 
 None of them synchronises with the host; `dequant_matmul` allocates its output and, where K is split
 between programs, one workspace, both from torch's caching allocator, so CUDA graphs can hold it.

@@ -91,3 +91,37 @@ def int8_matmul(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     codes, row_scales = quantize_rows(x)
     y = (codes.double() @ weight.double().mT) * scales.double() * row_scales.double()
     return y if bias is None else y + bias.double()
+
+
+def round_columns(
+    base: Tensor, mixing: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, largest: int, start: Tensor,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Round columns one after the other, each told of the errors of those before it.
+
+    With `z_k = base_k + sum_{i<k} mixing[k, i] errors_i` and `l_k` the level nearest to what is wanted,
+    GPTQ (no `inverse`) wants `z_k` and errs by `start_k - l_k scale`, `start` being the weight. Descent wants
+    `z_k inverse_k + start_k scale` and changes by `(start_k - l_k) scale`, `start` being the levels so far.
+
+    Args:
+        base: float32 `[columns, out]`, as all that follows where no shape is given.
+        mixing: float32 `[columns, columns]`; what lies on or above the diagonal is not read.
+        scales: `[groups, out]`.
+        zeros: `[groups, out]`.
+        groups: integers `[columns]`, the group of each column.
+        largest: Code; the smallest is 0, and a level is a code less its zero.
+        start: The weight, or the levels so far.
+        inverse: float32 `[columns]`, one over the curvature of each column.
+
+    Returns:
+        Levels, and errors or changes.
+    """
+    levels, errors = torch.empty_like(start), torch.zeros_like(start)
+    for k, group in enumerate(groups.tolist()):
+        scale, zero = scales[group], zeros[group]
+        wanted = base[k] + mixing[k, :k] @ errors[:k]
+        if inverse is not None:
+            wanted = wanted * inverse[k] + start[k] * scale
+        levels[k] = (torch.round(wanted / scale) + zero).clamp(0, largest) - zero
+        errors[k] = start[k] - levels[k] * scale if inverse is None else (start[k] - levels[k]) * scale
+    return levels, errors
