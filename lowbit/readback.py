@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 class Written(Source):
     """A quantized checkpoint, opened; `bring` loads modules, dense when it returns."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, torch.bfloat16)
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(folder, dtype)
 
     def bring(self, keys: Iterable[str], paths: Iterable[str]) -> None:
         """Load these tensors; the modules at `paths` must be complete then.
@@ -49,6 +49,8 @@ class Written(Source):
                 if tensor.is_meta and name not in tied:
                     raise LowbitError(f"{self.folder} lacks {name}: copy the checkpoint again")
             self._unpack(path)
+            if self.dtype == torch.float32:  # loaders leave stacked experts in the dtype of their scales
+                module.float()
 
     def _unpack(self, path: str) -> None:
         """Make what was loaded at `path` dense, where the loader did not."""

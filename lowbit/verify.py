@@ -48,18 +48,20 @@ def verify(
         folder: The finished checkpoint.
         format_name: Its format; decides whether stock transformers can load it here.
         ids: int64 `[1, length]`.
-        logits: float `[1, length, vocabulary]` of the model in memory.
+        logits: float `[1, length, vocabulary]` of the model in memory. Where they are float32, so is what is
+            read back: in another precision a router decides otherwise.
         fingerprints: Digest of each weight, by module name.
 
     Raises:
         VerificationError: a weight or the logits differ.
     """
+    dtype = torch.float32 if logits.dtype == torch.float32 else torch.bfloat16
     own = format_name in ("gptq", "gptq-v2", "awq")
     stock = not own or importlib.util.find_spec("gptqmodel") is not None
     loader = STOCK if stock else f"lowbit's own reader (transformers needs gptqmodel for {format_name})"
     try:
         with quiet(stderr=True), torch.no_grad():
-            read = _read(OwnReader(folder) if own else StockReader(folder), ids, fingerprints)
+            read = _read(OwnReader(folder, dtype) if own else StockReader(folder, dtype), ids, fingerprints)
             if own and stock:  # gptqmodel makes its kernels' layouts of a whole model only
                 model = hf.load_stock(folder)
                 read = model(input_ids=ids.to(model.device)).logits.float().cpu()

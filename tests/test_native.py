@@ -170,6 +170,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="need avx512f, which this CPU lacks"):
         native.enable()
     monkeypatch.setattr(native, "_processor", lambda: set(native._NEEDED))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(LowbitError, match="install gcc"):

@@ -1,7 +1,7 @@
 """Triton kernels for weights of 4 or 8 bits: `y = x @ dequantize(weight).T + bias`, weight kept packed.
 
 The package imports torch and triton and nothing of `lowbit`, which in turn imports it lazily, where it
-multiplies (`lowbit/ops.py`, `grouped.py`, `int8.py`), rounds (`algorithms/columns.py`) and times (`tiles.py`):
+multiplies (`lowbit/ops.py`, `grouped.py`, `int8.py`), rounds (`algorithms/columns.py`), times (`tiles.py`):
 lowbit installs and works where there is no GPU and no Triton.
 Importing it touches no driver. Every kernel has a naive twin in plain PyTorch, in `reference.py`, that
 is its specification.
