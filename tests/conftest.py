@@ -34,6 +34,17 @@ transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
+def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever CPU runs the tests, it works in bfloat16, as one that multiplies it does.
+
+    What is done on other CPUs has tests of its own (`test_cpu.py`, `test_precision.py`).
+    """
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    if "lowbit.cpu" in sys.modules:
+        monkeypatch.setattr("lowbit.cpu.has_bfloat16", lambda: True)
+
+
+@pytest.fixture(autouse=True)
 def own_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """C kernels are compiled into the tests' own cache; a test starts without any, as a process does."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
