@@ -139,6 +139,9 @@ def main() -> None:
     known = [json.loads(line) for line in text.splitlines()]
     names = ("calibration", "samples", "seq_len", "text", "eval_seq_len", "bits", "group_size", "asymmetric")
     settings = {name: getattr(options, name) for name in names}
+    if options.model:  # wherever the files are, the run is the same
+        settings["calibration"] = Path(options.calibration).name
+        settings["text"] = [Path(text).name for text in options.text]
     for seed in options.seeds if options.model else []:
         for step in [list(STEPS)[number] for number in options.steps]:
             key = {"model": Path(options.model).name, "step": step, "seed": seed, "settings": settings}
