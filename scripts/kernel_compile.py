@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel, compile
 
 from lowbit_kernels.decode import decode_kernel
 from lowbit_kernels.dequantize import dequantize_kernel
-from lowbit_kernels.matmul import grid_constants
+from lowbit_kernels.matmul import Target, grid_constants
 from lowbit_kernels.prefill import prefill_kernel
 from lowbit_kernels.tiles import Tiles, choose
 
@@ -83,7 +83,7 @@ def compile_case(case: Case, arch: str, tile: Tiles | None = None, **changes: bo
     constants = grid_constants(case.bits, case.group_size, 4096, case.dtype) | {
         "BM": tile.rows, "BN": tile.features, "STEP": tile.step, "BAND": 8, "EVEN_K": True,
         "SPLIT": case.kernel == "decode", "BIAS": False, "EXPERTS": False, "ASM": arch.startswith("sm_"),
-        "OVERLAP": case.kernel == "decode" and arch in ("sm_90", "sm_100"),
+        "OVERLAP": case.kernel == "decode" and Target(arch, 0, arch.startswith("sm_")).overlaps,
     } | changes  # fmt: skip
     absent = {"bias": "BIAS", "experts": "EXPERTS", "order": "EXPERTS"}
     constants |= {pointer: None for pointer, flag in absent.items() if not constants[flag]}
