@@ -192,10 +192,11 @@ def test_another_model_text_or_version_is_noticed(
     (model / "model.safetensors").write_bytes(before)
 
     versions = identity.versions()
-    monkeypatch.setattr(identity, "versions", lambda: versions | {"torch": "1.0"})
-    with pytest.raises(LowbitError, match=rf"torch {versions['torch']} -> 1.0: give".replace("+", r"\+")):
-        run(**options)
-    monkeypatch.undo()
+    changed = rf"torch {versions['torch']} -> 1.0: give".replace("+", r"\+")
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "versions", lambda: versions | {"torch": "1.0"})
+        with pytest.raises(LowbitError, match=changed):
+            run(**options)
     run(**{**options, "model": shutil.copytree(model, tmp_path / "moved")})
 
 
@@ -250,10 +251,10 @@ def test_a_full_disk(run: Callable[..., Path], tmp_path: Path, monkeypatch: pyte
 
     whole = run("whole")
     for place in ("lowbit.checkpoint.write_json", "lowbit.durable.write_tensors", "lowbit.beside.write_sums"):
-        monkeypatch.setattr(place, full)
-        with pytest.raises(OSError, match="No space left") as failure:
-            run()
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(OSError, match="No space left") as failure:
+                run()
         assert hasattr(failure.value, "kept")
     assert bytes_of(run()) == bytes_of(whole)
 
