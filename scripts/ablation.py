@@ -41,9 +41,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "GPTQ, columns in order": {"without": {**WHOLE, "act_order": False, "shrinks": (), "rounds": 0}},
     "+ large inputs first, groups static": {"without": {**WHOLE, "shrinks": (), "rounds": 0}},
     "+ ranges chosen by the residual of LDLᵀ": {"without": {**WHOLE, "rounds": 0}},
-    "+ codes and scales gone over again": {"without": WHOLE},
-    "+ less trust in the calibration text (`--method gptq`)": {"method": "gptq"},
-    "+ corrected for the layers before (`balanced`)": {"effort": "balanced"},
+    "+ less trust in the calibration text": {"without": {"rounds": 0}},
+    "+ codes and scales gone over again (`--method gptq`)": {"method": "gptq"},
+    "corrected for the layers before, gone over once": {"method": "qronos", "without": {"rounds": 0}},
+    "+ codes and scales gone over again (`balanced`)": {"effort": "balanced"},
     "+ scales and norms trained (`high`)": {"effort": "high"},
     "+ on more rows, twice (`max`)": {"effort": "max"},
 }
@@ -57,8 +58,8 @@ def quantize_once(options: argparse.Namespace) -> None:
 
     step = dict(STEPS[options.step])
     if "without" in step:
-        ALGORITHMS["gptq-in-part"] = plain_gptq(**step.pop("without"))
-        step["method"] = "gptq-in-part"
+        step.setdefault("method", "gptq-in-part")
+        ALGORITHMS[step["method"]] = plain_gptq(**step.pop("without"))
     scheme = QuantScheme(options.bits, options.group_size, not options.asymmetric)
     report = lowbit.quantize(
         options.model, scheme, output=options.output, dataset=options.calibration, samples=options.samples,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # lowbit itself is imported by the fixtures: some tests stand
     from tests.refused import Refused
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers_logging.disable_progress_bar()
 
 
