@@ -61,6 +61,7 @@ class Result:
         kl_se: Its standard error.
         top1_agreement: Fraction of tokens for which both models rank the same token first.
         top1_agreement_se: Its standard error.
+        dtype: Precision in which the model computed, `bfloat16` or another of torch's names.
     """
 
     perplexity: float
@@ -76,8 +77,9 @@ class Result:
     kl_se: float | None = None
     top1_agreement: float | None = None
     top1_agreement_se: float | None = None
+    dtype: str | None = None
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields, ready for JSON."""
         return asdict(self)
 
@@ -164,7 +166,9 @@ def compare(
     count, seq_len = windows.shape
     nll, reference_nll, kl, top1 = torch.tensor(rows, dtype=torch.float64).unbind(1)
     ppl, ppl_se = _exp_mean(nll)
-    own = Result(ppl, ppl_se, count, count * (seq_len - 1), time.perf_counter() - start)
+    precision = str(model.dtype).removeprefix("torch.")
+    seconds = time.perf_counter() - start
+    own = Result(ppl, ppl_se, count, count * (seq_len - 1), seconds, dtype=precision)
     if reference is None:
         return own
     reference_ppl, reference_se = _exp_mean(reference_nll)

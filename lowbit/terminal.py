@@ -191,7 +191,9 @@ def show_result(console: Console, result: Result, notes: Sequence[str] = ()) -> 
             "KL divergence": _with_error(result.kl, result.kl_se, 4) + " nats per token",
             "same top token": _with_error(result.top1_agreement, result.top1_agreement_se, 4),
         }
-    facts["measured on"] = f"{result.tokens} tokens in {result.windows} windows, {result.seconds:.0f} s"
+    facts["measured on"] = (
+        f"{result.tokens} tokens in {result.windows} windows, in {result.dtype}, {result.seconds:.0f} s"
+    )
     _facts(console, facts)
     for note in notes:
         _line(console, "[dim]report[/]", note)
@@ -239,6 +241,7 @@ def show_comparison(console: Console, found: Comparison, page: Path) -> None:
     console.print(table)
     console.print()
     measured = f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
+    measured += ", in " + " and ".join(sorted({str(model.result.dtype) for model in found.models}))
     _facts(console, {"original": found.reference, "measured on": measured, "page": str(page)})
 
 

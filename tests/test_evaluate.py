@@ -135,7 +135,7 @@ def test_chunks_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch, row
     assert max(sizes) == rows
     assert sum(sizes) == 6 * 31
     for name, value in whole.to_dict().items():
-        if name != "seconds":
+        if name not in ("seconds", "dtype"):
             assert getattr(parts, name) == pytest.approx(value, rel=1e-6), name
 
 
@@ -158,6 +158,12 @@ def test_progress_and_json(folder: Path) -> None:
     result = compare(load(folder), None, windows_for(folder), lambda done, total: told.append((done, total)))
     assert told == [(n, 6) for n in range(1, 7)]
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_precision_is_told(folder: Path, dtype: torch.dtype) -> None:
+    result = compare(load(folder).to(dtype), None, windows_for(folder, count=1))
+    assert result.dtype == str(dtype).removeprefix("torch.")
 
 
 class TestRefusals:
