@@ -93,7 +93,7 @@ def block() -> Block | None:
 @cache
 def has_bfloat16() -> bool:
     """Does oneDNN multiply bfloat16 on this CPU? Where it does not, torch does, one number at a time."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fits(weight: QuantizedWeight) -> bool:

@@ -99,7 +99,9 @@ def perplexity(
     """Evaluate a model on a text, and against the original model if one is given.
 
     Args:
-        model: A causal language model in evaluation mode, or a checkpoint folder or hub id.
+        model: A causal language model in evaluation mode, or a checkpoint folder or hub id. What is named
+            is loaded in the precision of what is given as a model; where neither is one, in the checkpoint's
+            own, or in float32 on CPUs that have no bfloat16 products.
         text: A local file or a hub dataset, as `lowbit.dataset.read_documents` takes it.
         tokenizer: The model's own; needed where `model` is not a path.
         reference: The original model, for the ratio, the divergence and the agreement.
@@ -122,7 +124,8 @@ def perplexity(
             raise LowbitError("a loaded model needs its tokenizer: pass tokenizer=, or the model's folder")
         tokenizer = hf.load_tokenizer(model)
     tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
-    dtype = evaluation_dtype("auto", torch.device("cpu"))
+    given = [one for one in (model, reference) if isinstance(one, PreTrainedModel)]
+    dtype = given[0].dtype if given else evaluation_dtype("auto", torch.device("cpu"))
     loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False, dtype=dtype)
     original = (
         hf.load(reference, packed=False, dtype=dtype) if isinstance(reference, str | Path) else reference

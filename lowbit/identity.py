@@ -62,10 +62,10 @@ def of_tokens(rows: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:SHOWN]
 
 
-def versions() -> dict[str, str]:
-    """Of what computes: another version may round otherwise."""
+def versions(*more: str) -> dict[str, str]:
+    """Of what computes, and of the packages `more`: another version may round otherwise."""
     found = {}
-    for package in ("lowbit", "torch", "transformers"):
+    for package in ("lowbit", "torch", "transformers", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # a checkout that was never installed

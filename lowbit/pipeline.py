@@ -39,6 +39,7 @@ from lowbit.untrusted import NEVER_TRUSTED
 from lowbit.work import Work, open_work
 
 
+@torch.inference_mode(False)  # whatever the caller works in: training needs gradients
 def quantize(
     model: str | Path | PreTrainedModel,
     scheme: QuantScheme | None = None,
@@ -194,7 +195,7 @@ def _inputs(
         "loss": dial.loss,
         "dtype": str(opened.dtype),
         "device": device.type,
-        **identity.versions(),
+        **identity.versions(*(["triton"] if device.type == "cuda" else [])),
     }
 
 

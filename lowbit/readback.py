@@ -82,6 +82,8 @@ class StockReader(Written):
         for module in self.model.get_submodule(path).modules():
             if is_module_quantized(module):
                 decompress_module(module)
+                if self.dtype == torch.float32:  # as what was computed: `dequantize` rounds to bfloat16
+                    module.weight.data = module.weight.data.bfloat16().float()
 
 
 class OwnReader(Written):

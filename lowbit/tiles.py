@@ -1,8 +1,9 @@
 """Kernel tiles for the shapes of a checkpoint, timed on a GPU of this machine: `lowbit tune`.
 
-The Triton kernels ship with tiles that were chosen by counting in compiled code. Here a GPU decides, for the
-shapes of one checkpoint; what it finds is kept in the user's cache and used from then on by every process on
-this machine, for every weight of such a shape. What is timed, and how, is `lowbit_kernels/tune.py`.
+The Triton kernels ship with tiles that were chosen by counting in compiled code, on Hopper by the clock for
+common shapes. Here the GPU at hand decides, for the shapes of one checkpoint; what it finds is kept in the
+user's cache and used from then on by every process on this machine, for every weight of such a shape. What
+is timed, and how, is `lowbit_kernels/tune.py`.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def tune(
 def _timed(weights: list[Shape], device: torch.device, path: Path, progress: Progress) -> Iterator[Timed]:
     """Entry after entry; each is kept at once, so that a run that is stopped was not for nothing."""
     from lowbit_kernels import tuned
-    from lowbit_kernels.tune import Weight
+    from lowbit_kernels.tune import Weight, entries
     from lowbit_kernels.tune import tune as time_tiles
 
-    total = len(weights) * sum(len(heights) for heights in tuned.HEIGHTS.values())
+    total = len(weights) * len(entries(device))
     for number, found in enumerate(time_tiles([Weight(*weight) for weight in weights], device), start=1):
         tuned.write(path, {found.name: found.tile})
         progress("tune", number, total, found.name)

@@ -2,7 +2,7 @@
 
     python scripts/ablation.py MODEL --group-size 64 --calibration train.txt --text test.txt:16 other.txt:8
 
-Every step keeps what the steps before it brought. A run is a process of its own, with one seed; all
+Every step keeps what the steps before it brought, except where its name says otherwise. A run is a process of its own, with one seed; all
 checkpoints of a text are measured against one pass of the original. A figure is the mean over seeds,
 ± the standard error of that mean: what another draw of calibration rows would change. Results are
 appended to `--results` as JSON lines, and a run that is there already is not repeated.
@@ -92,6 +92,9 @@ def spread(values: list[float], digits: int) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A table for each model and scheme, steps in order."""
+    unknown = {run["step"] for run in results} - set(STEPS)
+    if unknown:
+        sys.exit(f"recorded, but no step of today: {sorted(unknown)}; drop or rename these lines")
     blocks = []
     for model, scheme in dict.fromkeys((r["model"], r["scheme"]) for r in results):
         chosen = [r for r in results if (r["model"], r["scheme"]) == (model, scheme)]
@@ -133,6 +136,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    import torch
+
+    from lowbit.hardware import find_dtype
+
     if options.step:
         quantize_once(options)
         return
@@ -143,6 +150,7 @@ def main() -> None:
     if options.model:  # wherever the files are, the run is the same
         settings["calibration"] = Path(options.calibration).name
         settings["text"] = [Path(text).name for text in options.text]
+        settings["dtype"] = str(find_dtype("auto", torch.device("cpu")))  # which the CPU decides
     for seed in options.seeds if options.model else []:
         for step in [list(STEPS)[number] for number in options.steps]:
             key = {"model": Path(options.model).name, "step": step, "seed": seed, "settings": settings}

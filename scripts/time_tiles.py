@@ -135,13 +135,16 @@ def main() -> None:
         sys.exit("no GPU: scripts/rank_tiles.py fills the table without one")
     device = torch.device("cuda", 0)
     arch = matmul.target(device).arch
+    table = json.loads(arguments.table.read_text(encoding="utf-8"))
+    if arch not in table:
+        sys.exit(
+            f"{arch} has no part of its own in {arguments.table}: `lowbit tune` keeps tiles for such a GPU"
+        )
     found = list(entries(arch, arguments.kernels, arguments.bits))
     begin = time.perf_counter()
     jobs = [(w, e.kernel, e.height, t) for e in found for w in e.weights()[1:] for t in e.tiles]
     compile_all(jobs, arguments.workers)
     print(f"{len(jobs)} compiled in {time.perf_counter() - begin:.0f} s", flush=True)
-    table = json.loads(arguments.table.read_text(encoding="utf-8"))
-    table[arch] |= {kernel: {} for kernel in arguments.kernels}
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("name", *Tiles._fields, "us"))

@@ -194,7 +194,7 @@ def test_another_model_text_or_version_is_noticed(
     versions = identity.versions()
     changed = rf"torch {versions['torch']} -> 1.0: give".replace("+", r"\+")
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "versions", lambda: versions | {"torch": "1.0"})
+        patch.setattr(identity, "versions", lambda *_: versions | {"torch": "1.0"})
         with pytest.raises(LowbitError, match=changed):
             run(**options)
     run(**{**options, "model": shutil.copytree(model, tmp_path / "moved")})

@@ -23,23 +23,24 @@ def sweep(device: torch.device, block_size: int) -> Sweep | None:
     """The kernel, where it runs; None: use the loop. Where a GPU has to, a warning says so."""
     if device.type != "cuda":
         return None
-    reason = _lacking(device)
+    reason = _lacking(device, block_size)
     if reason is None:
-        kernels: Any = _kernels()
-        return kernels.round_columns if block_size <= kernels.MOST_COLUMNS else None
+        return _kernels().round_columns  # type: ignore[no-any-return]
     warnings.warn(
         f"lowbit: rounding on {device} is many times slower than it could be: {reason}", stacklevel=2
     )
     return None
 
 
-def _lacking(device: torch.device) -> str | None:
+def _lacking(device: torch.device, block_size: int) -> str | None:
     try:
-        _kernels()
+        most = _kernels().MOST_COLUMNS
     except ImportError as error:
         return f"Triton's kernels can't be imported ({error})"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need Ampere (sm_80) or newer"
+    if block_size > most:
+        return f"block_size={block_size} is more than the kernel's {most}"
     return None
 
 

@@ -126,7 +126,8 @@ def grouped_dequant_matmul(
 
     Args:
         x: float16 or bfloat16 `[rows, in]`. A token that is routed to two experts is two rows.
-        experts: integers `[rows]`, each in `0 ... experts - 1`.
+        experts: integers `[rows]`, each in `0 ... experts - 1`. Nothing checks that: the GPU would have to
+            be waited for, and a number outside makes rows of the result garbage.
         codes: int16, from `to_layout` of a stack `[experts, ...]`.
         scale_zero: int32, from `to_layout` of a stack.
         bits: 4 or 8.

@@ -1,4 +1,4 @@
-"""Prefill: 33 to about 1024 rows of x, where the tensor cores are the cost.
+"""Prefill: from 33 rows of x to 1024 (Hopper: 256; `matmul.prefill_rows`); the tensor cores are the cost.
 
 Weights take their scale before they are multiplied, as a dense checkpoint's have: an instruction for two
 weights, against one for every accumulator of a tile that now has as many rows as features. A tile of x is

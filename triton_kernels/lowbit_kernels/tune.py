@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.layout import WHOLE_ROW, Layout, to_layout
-from lowbit_kernels.matmul import decode, grid_constants, prefill, target
+from lowbit_kernels.matmul import decode, grid_constants, prefill, prefill_rows, target
 from lowbit_kernels.tiles import Tiles, choose
 from lowbit_kernels.tuned import HEIGHTS, shape_key
 
@@ -131,14 +131,20 @@ def candidates(shipped: Tiles) -> list[Tiles]:
     return list(dict.fromkeys(usable))[:CANDIDATES]
 
 
+def entries(device: torch.device) -> list[tuple[str, int]]:
+    """Kernels and numbers of rows that have an entry and are run on this GPU."""
+    most = {"prefill": prefill_rows(device)}
+    return [(kernel, height) for kernel, heights in HEIGHTS.items() for height in heights
+            if height <= most.get(kernel, height)]  # fmt: skip
+
+
 def tune(weights: Sequence[Weight], device: torch.device, timer: Timer = on_gpu) -> Iterator[Outcome]:
     """Time the candidates for each weight and each number of rows that has an entry."""
     for weight in weights:
         layouts = copies_of(random_weight(weight, device)[1])
-        for kernel, heights in HEIGHTS.items():
-            for height in heights:
-                shipped = choose(kernel, target(device).arch, weight.bits, weight.dtype, height)
-                yield time_one(weight, kernel, height, layouts, candidates(shipped), timer)
+        for kernel, height in entries(device):
+            shipped = choose(kernel, target(device).arch, weight.bits, weight.dtype, height)
+            yield time_one(weight, kernel, height, layouts, candidates(shipped), timer)
 
 
 def time_one(
