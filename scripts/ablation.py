@@ -2,10 +2,10 @@
 
     python scripts/ablation.py MODEL --group-size 64 --calibration train.txt --text test.txt:16 other.txt:8
 
-Every step keeps what the steps before it brought, except where its name says otherwise. A run is a process of its own, with one seed; all
-checkpoints of a text are measured against one pass of the original. A figure is the mean over seeds,
-± the standard error of that mean: what another draw of calibration rows would change. Results are
-appended to `--results` as JSON lines, and a run that is there already is not repeated.
+Every step keeps what the steps before it brought, except where its name says otherwise. A run is a process of
+its own, with one seed; all checkpoints of a text are measured against one pass of the original. A figure is
+the mean over seeds, ± the standard error of that mean: what another draw of calibration rows would change.
+Results are appended to `--results` as JSON lines, and a run that is there already is not repeated.
 """
 
 from __future__ import annotations

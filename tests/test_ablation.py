@@ -45,6 +45,11 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error(ablation: ModuleTy
     ]
 
 
+def test_a_record_of_no_step_is_refused(ablation: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="no step of today"):
+        ablation.table([run("+ magic", 0, 0.1)])
+
+
 @pytest.mark.slow
 def test_steps_are_what_they_say(tiny_model: Callable[..., Path], text_file: str, tmp_path: Path) -> None:
     """GPTQ in column order with min-max ranges, and with its ranges searched: other weights."""
