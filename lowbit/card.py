@@ -188,7 +188,8 @@ def _collapsed(skipped: Mapping[str, str]) -> str:
 
 def _row(entry: Mapping[str, Any]) -> list[str]:
     result = entry["result"]
-    row = [f"{entry['dataset']}, {result['windows']} x {entry['seq_len']} tokens"]
+    precision = f", in {result['dtype']}" if result.get("dtype") else ""  # older records lack it
+    row = [f"{entry['dataset']}, {result['windows']} x {entry['seq_len']} tokens{precision}"]
     row.append(with_error(result["perplexity"], result["perplexity_se"]))
     if result["kl"] is None:
         return [*row, "", "", "", ""]

@@ -54,6 +54,7 @@ class TaskResult:
         lost: Documents that the original has right and the model wrong; None unless marks are 0 or 1.
         gained: The other way round.
         p_value: McNemar's exact test, two-sided: how likely so uneven a split is by chance alone.
+        dtype: Precision in which the model computed, `bfloat16` or another of torch's names.
     """
 
     task: str
@@ -68,6 +69,7 @@ class TaskResult:
     lost: int | None = None
     gained: int | None = None
     p_value: float | None = None
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -112,12 +114,14 @@ def measure(
         loaded = hf.load(name, packed=False, dtype=dtype, device=device)
         told = (lambda done, total, name=name: progress(str(name), done, total)) if progress else None
         marks.append(_mark(harness, loaded, hf.load_tokenizer(name), tasks, batch_size, ask, told))
+        precision = str(loaded.dtype).removeprefix("torch.")
         del loaded
         gc.collect()
     own, original = marks[0], marks[1] if reference else None
     if not own:
         raise LowbitError(f"{', '.join(tasks)}: no metric that marks single documents: choose other tasks")
-    return [_result(*key, own[key], original[key] if original else None) for key in own]
+    rows = [_result(*key, own[key], original[key] if original else None) for key in own]
+    return [replace(row, dtype=precision) for row in rows]
 
 
 def _open_harness(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any, Any]:

@@ -216,6 +216,7 @@ def show_tasks(console: Console, results: Sequence[TaskResult], notes: Sequence[
         value = _with_error(row.value, row.value_se, 4)
         table.add_row(escape(row.task), escape(row.metric), str(row.documents), value, *compared)
     console.print(table)
+    console.print(f"  [dim]measured in {results[0].dtype}")
     if results[0].difference is not None:
         console.print("  [dim]± of the difference: paired over documents; p: McNemar's exact test")
     for note in notes:

@@ -49,7 +49,7 @@ class FakeHarness:
 
     def simple_evaluate(self, *, model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
         self.asked.append({"tasks": tasks, **options})
-        name = model.name
+        name = str(model.name)
         model._loglikelihood_tokens([1, 2, 3], disable_tqdm=True)
         samples = [
             {"doc_id": i % 5, "filter": "none", "metrics": ["acc", "ppl"], "acc": mark, "ppl": (0.1, 3)}
@@ -62,6 +62,12 @@ class FakeHarness:
         ]
         found = {"river_a": samples[:5], "river_b": samples[5:], "mills": scored}
         return {"samples": found, "group_subtasks": {"river": ["river_a", "river_b"]}}
+
+
+class Named(str):
+    """A loaded model: its name, and its precision."""
+
+    dtype = torch.bfloat16
 
 
 class FakeModel:
@@ -99,7 +105,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> FakeHarness:
     vars(modules["lm_eval.models.huggingface"])["HFLM"] = FakeModel
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(tasks.hf, "load", lambda name, **_: name)
+    monkeypatch.setattr(tasks.hf, "load", lambda name, **_: Named(name))
     monkeypatch.setattr(tasks.hf, "load_tokenizer", lambda name: None)
     return fake
 
