@@ -138,6 +138,7 @@ def test_marks_are_paired_by_document(harness: FakeHarness) -> None:
 def test_without_the_original(harness: FakeHarness) -> None:
     (alone, *_) = measure("model", ["river"])
     assert (alone.value, alone.difference, alone.p_value) == (0.5, None, None)
+    assert alone.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
