@@ -60,7 +60,7 @@ def find_batches(
             tokens = _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
             spec = DEFAULT_DATASET
         except LowbitError:
-            if at_once is not None:
+            if at_once is not None or not source.whole:
                 raise
             report.notes.append(
                 f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"

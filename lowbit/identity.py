@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,22 +21,24 @@ PIECE = 4096  # bytes
 SHOWN = 16  # hex digits are enough to tell two models apart
 
 
-def of_model(weights: Iterable[Path], others: Iterable[Path]) -> str:
+def of_model(weights: Mapping[str, str], others: Iterable[Path]) -> str:
     """Digest of a model: its safetensors files, and the files around them.
 
     Args:
-        weights: Files that were opened before, so that their headers are sound.
+        weights: Digest of each file by its name, all of one kind (`of_weights`); names give the order only.
         others: Files whose every byte counts.
     """
     digest = hashlib.sha256()
-    for path in sorted(weights, key=lambda path: path.name):
-        _add_weights(digest, path)
+    for name in sorted(weights):
+        digest.update(weights[name].encode())
     for path in sorted(others, key=lambda path: path.name):
         digest.update(f"{path.name} {durable.sha256(path)}".encode())
     return digest.hexdigest()[:SHOWN]
 
 
-def _add_weights(digest: hashlib._Hash, path: Path) -> None:
+def of_weights(path: Path) -> str:
+    """Digest of one safetensors file, which was opened before, so that its header is sound."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
@@ -46,6 +48,7 @@ def _add_weights(digest: hashlib._Hash, path: Path) -> None:
             for place in (start, (start + stop) // 2):
                 file.seek(8 + length + place)
                 digest.update(file.read(min(PIECE, stop - place)))
+    return digest.hexdigest()
 
 
 def of_text(spec: str | None) -> str | None:

@@ -1,40 +1,64 @@
-"""Models that are not a local folder of safetensors yet: on the hub, in a GGUF file."""
+"""Where a model comes from, and whether it is one to quantize.
+
+What is no local folder of safetensors yet (on the hub, in a GGUF file, in memory) becomes one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lowbit import gguf_header, places
+from lowbit import gguf_header, places, untrusted
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 from lowbit.untrusted import NEVER_TRUSTED
+
+NEVER_READ = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx*",
+    "*.gguf",
+    "*.ot",
+    "original/*",
+    "consolidated*",
+)
+"""Files of a repository that no step reads, as patterns."""
 
 
 def from_hub(model: str) -> Path:
     """The snapshot of a hub id; raises `LowbitError` if it can't be had."""
     from huggingface_hub import snapshot_download
+
+    with asking_hub(model):
+        return Path(snapshot_download(model, ignore_patterns=list(NEVER_READ)))
+
+
+@contextmanager
+def asking_hub(model: str) -> Iterator[None]:
+    """Whatever keeps the hub from giving `model` becomes a `LowbitError` that says what to do."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    other = [
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.msgpack",
-        "*.h5",
-        "*.onnx*",
-        "*.gguf",
-        "*.ot",
-        "original/*",
-        "consolidated*",
-    ]
     places.check_source(model)
     try:
-        folder = Path(snapshot_download(model, ignore_patterns=other))
-        return folder
+        yield
+    except LowbitError:
+        raise
     except GatedRepoError:
         raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -64,7 +88,7 @@ def from_gguf(path: Path, scratch: Path) -> Path:
 
 def _convert(scratch: Path, folder: str, gguf_file: str) -> Path:
     """Load with transformers, and save as a safetensors folder."""
-    from transformers import AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     kwargs: dict[str, Any] = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     kwargs |= NEVER_TRUSTED
@@ -86,3 +110,53 @@ def _convert(scratch: Path, folder: str, gguf_file: str) -> Path:
         first_line = str(error).strip().split("\n")[0]
         raise LowbitError(f"{gguf_file} could not be read: {first_line}") from error
     return target
+
+
+def from_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Path:
+    """A loaded model as a folder in `scratch`; its tokenizer is that of its own folder, where none is given.
+
+    Raises:
+        LowbitError: it is already quantized, or has no tokenizer.
+    """
+    if getattr(model.config, "quantization_config", None):
+        raise LowbitError("the loaded model is already quantized: start from the original model")
+    folder = scratch / "source"
+    with quiet():
+        model.save_pretrained(folder)
+        if tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **NEVER_TRUSTED)
+            except (OSError, ValueError):
+                raise LowbitError(
+                    "the model has no folder to take its tokenizer from: pass tokenizer="
+                ) from None
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model that can be quantized.
+
+    Raises:
+        LowbitError: it can't be read, or is of a quantized model or of none that writes text.
+    """
+    try:
+        untrusted.check_config(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
+    except LowbitError:
+        raise
+    except Exception as error:  # it may hold anything
+        first_line = str(error).strip().split("\n")[0]
+        raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = dict(quantized).get("quant_method") if isinstance(quantized, dict) else quantized
+        raise LowbitError(f"{folder} is already quantized ({method}): start from the original model")
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not causal.intersection(map(str, architectures)):
+        raise LowbitError(
+            f"{folder} is {architectures or config.model_type}, not a causal language model "
+            "that transformers knows: give a text-generation model"
+        )
+    return config

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbit import beside, checkpoint, identity, places, planning, ranks, topology
+from lowbit import beside, checkpoint, hub_source, identity, origin, places, planning, ranks, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
@@ -29,13 +30,11 @@ from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, make_plan
-from lowbit.quiet import quiet
 from lowbit.results import Report
 from lowbit.road import Road
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
 from lowbit.target import Target, require_room
-from lowbit.untrusted import NEVER_TRUSTED
 from lowbit.work import Work, open_work
 
 
@@ -68,6 +67,7 @@ def quantize(
     verify_output: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantized_by: str | None = None,
+    keep_source: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a causal language model into a checkpoint that stock loaders read.
@@ -105,6 +105,8 @@ def quantize(
         verify_output: Read the result back and compare it before it gets its name.
         tokenizer: Only for a loaded model without a folder of its own.
         quantized_by: Who publishes the checkpoint, for the model card.
+        keep_source: False: the weight files of a hub id are downloaded one at a time, and removed once
+            they have been read, in place of the whole model into the hub's cache.
         progress: Told about every step.
 
     Returns:
@@ -120,14 +122,17 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme, epochs, loss)
+    if not keep_source:
+        hub_source.check(model, dial, dataset, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
-    with open_work(target, restart) as work:
+    with open_work(target, restart) as work, ExitStack() as ends:
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
         places.check_target(target, _name(model), overwrite)
-        opened = Source(_find(model, tokenizer, work.folder), find_dtype(dtype, where))
+        opened = _open(model, tokenizer, work.folder, find_dtype(dtype, where), keep_source)
+        ends.callback(opened.release)
         plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
@@ -167,7 +172,7 @@ def _finish(
         road.verify(batches[-1])
     work, report, folder = road.work, road.report, road.source.folder
     report.seconds["all"], report.cpu_seconds = work.seconds(), work.cpu_seconds()
-    beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by, work.inputs)
+    beside.after_quantize(work.checkpoint, report, _name(model), folder, quantized_by, road.inputs())
     work.commit({"report": report.to_json()}, {})
     checkpoint.put_in_place(work.checkpoint, target)
     return report
@@ -182,13 +187,12 @@ def _inputs(
     **options: Any,
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
-    around = [opened.folder / "config.json", *sources.sidecars(opened.folder)]
     return {
         **options,
         "skip": list(options["skip"]),
         "scheme": str(plan.scheme),
         "schemes": {at: str(scheme) for at, scheme in (schemes or {}).items()},
-        "model": identity.of_model(opened.files, around),
+        "model": opened.identity(),
         "text": identity.of_text(options["dataset"]),
         "epochs": dial.epochs,
         "weights": dial.weights,
@@ -314,29 +318,16 @@ def _silent(stage: str, done: int, total: int, detail: str) -> None:
     pass
 
 
-def _find(
-    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path
-) -> Path:
-    return ranks.first_does(lambda: _first_find(model, tokenizer, scratch))
-
-
-def _first_find(
-    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path
-) -> Path:
-    """The folder of `model`; one that is in memory is saved first."""
-    if not isinstance(model, PreTrainedModel):
-        return sources.find(str(model), scratch)
-    if getattr(model.config, "quantization_config", None):
-        raise LowbitError("the loaded model is already quantized: start from the original model")
-    folder = scratch / "source"
-    with quiet():
-        model.save_pretrained(folder)
-        if tokenizer is None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **NEVER_TRUSTED)
-            except (OSError, ValueError):
-                raise LowbitError(
-                    "the model has no folder to take its tokenizer from: pass tokenizer="
-                ) from None
-        tokenizer.save_pretrained(folder)
-    return folder
+def _open(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    scratch: Path,
+    dtype: torch.dtype,
+    keep_source: bool,
+) -> Source:
+    """The source behind `model`; one that is in memory is saved first."""
+    if not keep_source:
+        return hub_source.HubSource(str(model), scratch / "source", dtype)
+    if isinstance(model, PreTrainedModel):
+        return Source(ranks.first_does(lambda: origin.from_memory(model, tokenizer, scratch)), dtype)
+    return Source(ranks.first_does(lambda: sources.find(str(model), scratch)), dtype)

@@ -58,6 +58,7 @@ class Road:
         plan.skipped.update(facts.get("skipped", {}))
         self.schemes = {name: QuantScheme(**scheme) for name, scheme in facts.get("schemes", {}).items()}
         self.shapes: dict[str, tuple[int, int]] = dict(facts.get("shapes", {}))
+        source.seen.update(facts.get("seen", {}))
         self.fingerprints = {name: bytes.fromhex(d) for name, d in facts.get("fingerprints", {}).items()}
         self._ranks = ranks.Tally(report.ranks)
         self.logits: Tensor | None = work.load("logits").get("logits")
@@ -70,9 +71,14 @@ class Road:
             "skipped": self.plan.skipped,
             "schemes": {name: dataclasses.asdict(scheme) for name, scheme in self.schemes.items()},
             "shapes": self.shapes,
+            "seen": self.source.seen,
             "fingerprints": {name: digest.hex() for name, digest in self.fingerprints.items()},
         }
         self.work.commit({**everything, **facts}, tensors)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the result depends on; the model by a digest that every copy of it has."""
+        return {**self.work.inputs, **self.source.known()}
 
     def write(self, shard_bytes: int, batches: list[Tensor]) -> None:
         """Quantize block after block into the work folder's checkpoint; goes on after what is done."""
@@ -211,7 +217,7 @@ class Road:
             self.fmt.quantization_config(self.schemes, ignore),
             tied=False if plan.head else None,
         )
-        config["lowbit"] = record.provenance(self.work.inputs, report.tokens)
+        config["lowbit"] = record.provenance(self.inputs(), report.tokens)
         writer.finish(config, sources.sidecars(source.folder))
         report.warnings = self.fmt.warnings(self.schemes, self.shapes)
         report.scheme = text_of(scheme for name, scheme in self.schemes.items() if name != head)
@@ -223,6 +229,7 @@ class Road:
         ]
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
+        report.notes += source.notes()
 
     def refine(self, rows: Tensor | None, dial: Effort, shard_bytes: int, ids: Tensor) -> None:
         """Train what was written, its weights too where the dial says so; see `refine.py`."""

@@ -25,7 +25,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -35,9 +35,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lowbit import origin, pages, untrusted
+from lowbit import identity, origin, pages, untrusted
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 from lowbit.untrusted import NEVER_TRUSTED
@@ -79,29 +78,6 @@ def find(model: str, scratch: Path) -> Path:
     raise LowbitError(f"{model} has no weights (*.safetensors): download the model completely")
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    try:
-        untrusted.check_config(folder)
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
-    except LowbitError:
-        raise
-    except Exception as error:  # it may hold anything
-        first_line = str(error).strip().split("\n")[0]
-        raise LowbitError(f"{folder}/config.json can't be used: {first_line}") from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = dict(quantized).get("quant_method") if isinstance(quantized, dict) else quantized
-        raise LowbitError(f"{folder} is already quantized ({method}): start from the original model")
-    architectures = config.architectures if isinstance(config.architectures, list) else []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not causal.intersection(map(str, architectures)):
-        raise LowbitError(
-            f"{folder} is {architectures or config.model_type}, not a causal language model "
-            "that transformers knows: give a text-generation model"
-        )
-    return config
-
-
 class Source:
     """An opened model: a skeleton on the meta device and an index of the tensors on disk.
 
@@ -115,9 +91,14 @@ class Source:
         files: All weight files.
         bytes: Their size.
         quantizer: transformers' own, where packed weights are read; see `readback.py`.
+        whole: Do all files lie in `folder`? `hub_source.py` fetches them one at a time.
+        held: Bytes of files that a run has on the disk only for itself.
+        seen: What a run that goes on must know of files that are gone: plain JSON values.
     """
 
     quantizer: Any = None
+    whole = True
+    held = 0
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Open `folder`.
@@ -133,7 +114,8 @@ class Source:
         self._file_of = self._index_files()
         untrusted.check_config(folder, len(self._file_of))
         self.files = set(self._file_of.values())
-        self.bytes = sum(file.stat().st_size for file in self.files)
+        self.bytes = self._count_bytes()
+        self.seen: dict[str, Any] = {}
         with untrusted.reading(f"{folder}/config.json"):
             self._check_buffers()
             self.model = self._skeleton()
@@ -141,7 +123,7 @@ class Source:
         self._used_conversions: list[Any] = []
 
     def _read_config(self) -> PretrainedConfig:
-        return _read_config(self.folder)
+        return origin.read_config(self.folder)
 
     def _check_buffers(self) -> None:
         """Refuse what would fill the memory with computed tensors; weights stay on the meta device."""
@@ -173,6 +155,26 @@ class Source:
             except (SafetensorError, OSError) as error:
                 raise LowbitError(f"{file} is corrupt or truncated ({error}): download it again") from None
         return file_of
+
+    def _count_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def identity(self) -> str:
+        """Digest by which a run that goes on knows the model."""
+        names = {file.relative_to(self.folder).as_posix(): file for file in self.files}
+        digests = {name: identity.of_weights(file) for name, file in names.items()}
+        return identity.of_model(digests, self._around())
+
+    def known(self) -> dict[str, str]:
+        """The digest of the same files in a folder as `model`, where `identity` is another one."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What the summary must say of where the files came from."""
+        return []
+
+    def _around(self) -> list[Path]:
+        return [self.folder / "config.json", *sidecars(self.folder)]
 
     def _mapping(self) -> Any:
         return get_model_conversion_mapping(self.model, hf_quantizer=self.quantizer)

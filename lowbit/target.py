@@ -210,7 +210,7 @@ def require_room(source: Source, plan: Plan, target: Target | None, folder: Path
     """Raise `LowbitError` where a target can't be met, or the disk of `folder` does not hold the result."""
     if target:
         find_room(source, plan, target)
-    check_room(folder, _estimated_bytes(source, plan))
+    check_room(folder, _estimated_bytes(source, plan) + source.held)
 
 
 def _estimated_bytes(source: Source, plan: Plan) -> int:

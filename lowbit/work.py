@@ -7,7 +7,8 @@ It lies beside the output, so that the result is renamed and never copied:
         state.json      the last commit
         NAME-N.safetensors   tensors of that commit: token ids, carried activations, an optimizer's state
         checkpoint/     the result in the making
-        source/         the model, where it had to be converted; made again by every run
+        source/         the model, where it had to be converted, or its files that come and go with
+                        --drop-source; made again by every run
 
 A commit is a new `state.json`: everything that it rests on is on the disk before, is named in it with size
 and SHA-256, and is removed only after the next one. So whatever ends a run, and whenever, there is one

@@ -70,6 +70,8 @@ LEVELS = {
     "card": 7,
     "origin": 3,
     "source": 4,
+    "hub_shards": 4,
+    "hub_source": 10,
     "dataset": 4,
     "divergence": 4,
     "carried": 2,

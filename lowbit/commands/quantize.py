@@ -152,6 +152,14 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option(help="Your name on the Hub, for the model card.", show_default=False),
     ] = None,
+    keep_source: Annotated[
+        bool,
+        typer.Option(
+            "--keep-source/--drop-source",
+            help="Drop: the weight files of a hub id are downloaded one at a time and removed once they were "
+            "read, for a disk that does not hold the whole model.",
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a checkpoint that transformers, vLLM and SGLang load."""
@@ -195,6 +203,7 @@ def run(
             restart=restart,
             verify_output=verify,
             quantized_by=quantized_by,
+            keep_source=keep_source,
             progress=progress,
         )
     if console.quiet:

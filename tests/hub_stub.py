@@ -1,0 +1,119 @@
+"""A hub on this machine: one repository from a folder, by the few addresses that huggingface_hub asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL = "someone/tiny"
+
+
+class Hub:
+    """What it serves, and what was asked of it.
+
+    Attributes:
+        url: For `HF_ENDPOINT`.
+        whole: Names of the files of which all bytes were sent, in order.
+        answer: Called with a name before all its bytes are sent; its result is sent in their place, an int
+            as a status.
+    """
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.url = folder, url
+        self.whole: list[str] = []
+        self.answer: Callable[[str, bytes], bytes | int] = lambda _, content: content
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        content = path.read_bytes()
+        name, size = path.relative_to(self.folder).as_posix(), len(content)
+        entry = {"size": size, "blobId": hashlib.sha1(content).hexdigest()}
+        if path.suffix == ".safetensors":
+            entry["lfs"] = {"size": size, "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
+        return {**entry, "rfilename": name}
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [self.entry(path) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if path.startswith(f"/api/models/{MODEL}/tree/"):
+            tree = [
+                {"type": "file", "path": e["rfilename"], "size": e["size"], "oid": e["blobId"],
+                 **({"lfs": {"oid": e["lfs"]["sha256"], "size": e["size"], "pointerSize": 130}} if "lfs" in e else {})}
+                for e in self.hub.listed()
+            ]  # fmt: skip
+            return self._send(200, json.dumps(tree).encode())
+        if path.startswith(f"/api/models/{MODEL}"):
+            info = {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": self.hub.listed(), "tags": []}
+            return self._send(200, json.dumps(info).encode())
+        asked = re.fullmatch(rf"/{MODEL}/resolve/[\w.]+/(.*)", path)
+        file = self.hub.folder / asked[1] if asked else None
+        if file is None or not file.is_file():
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound" if asked else "RepoNotFound"})
+        self._file(file)
+        return None
+
+    def _file(self, file: Path) -> None:
+        content, entry = file.read_bytes(), self.hub.entry(file)
+        headers = {
+            "ETag": f'"{entry.get("lfs", {}).get("sha256", entry["blobId"])}"',
+            "X-Repo-Commit": COMMIT,
+        }
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if self.command == "HEAD":
+            return self._send(200, content, headers)
+        if span:
+            start, stop = int(span[1]), min(int(span[2] or len(content)) + 1, len(content))
+            told = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+            return self._send(206, content[start:stop], headers | told)
+        answer = self.hub.answer(entry["rfilename"], content)
+        if isinstance(answer, int):
+            return self._send(answer, b"", headers)
+        self.hub.whole.append(entry["rfilename"])
+        self._send(200, answer, headers)
+        return None
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    """The hub, until the block ends."""
+    handler = type("Handler", (_Handler,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub = handler.hub = Hub(folder, f"http://127.0.0.1:{server.server_port}")
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
