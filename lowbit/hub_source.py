@@ -33,13 +33,19 @@ OPTION = "--drop-source"
 
 
 def check(
-    model: str | Path | PreTrainedModel, dial: Effort, dataset: str | None, within: Target | None
+    keep_source: bool,
+    model: str | Path | PreTrainedModel,
+    dial: Effort,
+    dataset: str | None,
+    within: Target | None,
 ) -> None:
-    """Refuse what needs the whole source at once, or has none that could be dropped.
+    """Refuse to drop a source that is needed all at once, or is no copy of a hub's.
 
     Raises:
         LowbitError: a model that is no hub id, training, text from the model itself, a target, or ranks.
     """
+    if keep_source:
+        return
     keep = "use --keep-source"
     if isinstance(model, PreTrainedModel):
         raise LowbitError(f"{OPTION} is for a hub id, not for a model in memory: {keep}")

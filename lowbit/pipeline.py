@@ -122,8 +122,7 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme, epochs, loss)
-    if not keep_source:
-        hub_source.check(model, dial, dataset, within)
+    hub_source.check(keep_source, model, dial, dataset, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
@@ -131,15 +130,13 @@ def quantize(
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
         places.check_target(target, _name(model), overwrite)
-        opened = _open(model, tokenizer, work.folder, find_dtype(dtype, where), keep_source)
-        ends.callback(opened.release)
+        opened = _open(model, tokenizer, work.folder, find_dtype(dtype, where), keep_source, ends)
         plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
-        inputs = _inputs(opened, plan, where, dial, schemes, effort=effort, method=method, format=format,
-            dataset=dataset, samples=samples, seq_len=seq_len, seed=seed, head_bits=head_bits, skip=skip,
-            max_shard_size=shard_bytes, max_memory=max_memory, within=repr(within))  # fmt: skip
-        work.check(ranks.alike("setting", inputs))
+        work.check(ranks.alike("setting", _inputs(opened, plan, where, dial, schemes, skip, effort=effort,
+            method=method, format=format, dataset=dataset, samples=samples, head_bits=head_bits, seed=seed,
+            seq_len=seq_len, max_shard_size=shard_bytes, max_memory=max_memory, within=within)))  # fmt: skip
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
@@ -184,12 +181,14 @@ def _inputs(
     device: torch.device,
     dial: Effort,
     schemes: Mapping[str, QuantScheme] | None,
+    skip: Sequence[str],
     **options: Any,
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     return {
         **options,
-        "skip": list(options["skip"]),
+        "within": repr(options["within"]),
+        "skip": list(skip),
         "scheme": str(plan.scheme),
         "schemes": {at: str(scheme) for at, scheme in (schemes or {}).items()},
         "model": opened.identity(),
@@ -324,10 +323,13 @@ def _open(
     scratch: Path,
     dtype: torch.dtype,
     keep_source: bool,
+    ends: ExitStack,
 ) -> Source:
-    """The source behind `model`; one that is in memory is saved first."""
+    """The source behind `model`: what is in memory is saved first, what is fetched goes with `ends`."""
     if not keep_source:
-        return hub_source.HubSource(str(model), scratch / "source", dtype)
+        fetched = hub_source.HubSource(str(model), scratch / "source", dtype)
+        ends.callback(fetched.release)
+        return fetched
     if isinstance(model, PreTrainedModel):
         return Source(ranks.first_does(lambda: origin.from_memory(model, tokenizer, scratch)), dtype)
     return Source(ranks.first_does(lambda: sources.find(str(model), scratch)), dtype)
