@@ -27,7 +27,7 @@ from lowbit.errors import LowbitError
 AT_ONCE = 8
 """Headers that are asked for at a time."""
 
-_PATIENCE = 10.0  # seconds for a download that is not wanted any more to notice
+_PATIENCE = 5.0  # seconds for a download that is not wanted any more to notice
 
 
 class HubShards:

@@ -65,11 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
         if path.startswith(f"/api/models/{MODEL}/tree/"):
-            tree = [
-                {"type": "file", "path": e["rfilename"], "size": e["size"], "oid": e["blobId"],
-                 **({"lfs": {"oid": e["lfs"]["sha256"], "size": e["size"], "pointerSize": 130}} if "lfs" in e else {})}
-                for e in self.hub.listed()
-            ]  # fmt: skip
+            tree = []
+            for e in self.hub.listed():
+                tree.append({"type": "file", "path": e["rfilename"], "size": e["size"], "oid": e["blobId"]})
+                if "lfs" in e:
+                    tree[-1]["lfs"] = {**e["lfs"], "oid": e["lfs"]["sha256"]}
             return self._send(200, json.dumps(tree).encode())
         if path.startswith(f"/api/models/{MODEL}"):
             info = {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": self.hub.listed(), "tags": []}

@@ -34,6 +34,7 @@ EXAMPLES = (
     "lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",
     "lowbit quantize ./my-model --output my-model-w4 --dataset train.jsonl --group-size 64",
     "lowbit quantize ./my-model --output my-model-mixed --target-size 3.9GB",
+    "lowbit quantize Qwen/Qwen3-32B --output qwen3-32b-w4 --drop-source",
     "lowbit quantize model.gguf --output model-w8 --method rtn --bits 8",
     "lowbit quantize ./my-model --output my-model-w8a8 --activation-bits 8",
     "lowbit quantize ./my-model --output my-model-awq --method awq --asymmetric --format awq",
