@@ -27,6 +27,7 @@ from tests.tiny import TEXT, make_model
 if TYPE_CHECKING:  # lowbit itself is imported by the fixtures: some tests stand when it is broken
     from lowbit import QuantScheme
     from lowbit.results import Report
+    from tests.hub_stub import Hub
     from tests.refused import Refused
 
 torch.set_num_threads(1)
@@ -132,3 +133,39 @@ def refused(
     handler = signal.getsignal(signal.SIGTERM)
     yield Refused(tmp_path, monkeypatch, capfd)
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="session")
+def hub_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`hub_models(kind)`: a folder of `tests.hub_stub.make_hub_model`, made once; never write to it."""
+    from tests.hub_stub import make_hub_model
+
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_hub_model(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder for what the hub gives."""
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture
+def hub(hub_models: Callable[[str], Path], hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine with the model `blocks`, and an empty cache."""
+    from tests.hub_stub import serving
+
+    with serving(hub_models("blocks")) as hub:
+        constants = "huggingface_hub.constants"
+        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(hub_cache))
+        yield hub

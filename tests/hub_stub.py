@@ -13,8 +13,38 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote
 
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny import make_model
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "someone/tiny"
+
+
+def shard(number: int) -> str:
+    """Name of a file of the model `blocks`."""
+    return f"model-0000{number}-of-00006.safetensors"
+
+
+def make_hub_model(kind: str, folder: Path) -> Path:
+    """A model by kind: `blocks` end inside of files, `single` has one file, `extra` a layer too many."""
+    if kind == "single":
+        return make_model("qwen2", folder, tied=True)
+    make_model("llama", folder, max_shard_size="60KB", tied=False)
+    if kind == "extra":
+        _add_layer(folder)
+    return folder
+
+
+def _add_layer(folder: Path) -> None:
+    """A file of tensors that the architecture does not use."""
+    index = folder / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    added = {f"model.layers.9.part.{n}.weight": torch.randn(64, 64, dtype=torch.bfloat16) for n in range(2)}
+    save_file(added, folder / "model-extra.safetensors", {"format": "pt"})
+    told["weight_map"] |= dict.fromkeys(added, "model-extra.safetensors")
+    index.write_text(json.dumps(told))
 
 
 class Hub:
