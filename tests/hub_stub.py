@@ -41,7 +41,8 @@ def _add_layer(folder: Path) -> None:
     """A file of tensors that the architecture does not use."""
     index = folder / "model.safetensors.index.json"
     told = json.loads(index.read_text())
-    added = {f"model.layers.9.part.{n}.weight": torch.randn(64, 64, dtype=torch.bfloat16) for n in range(2)}
+    types = (torch.bfloat16, torch.float32)  # safetensors writes the second one first
+    added = {f"model.layers.9.part.{n}.weight": torch.randn(64, 64).to(types[n]) for n in range(2)}
     save_file(added, folder / "model-extra.safetensors", {"format": "pt"})
     told["weight_map"] |= dict.fromkeys(added, "model-extra.safetensors")
     index.write_text(json.dumps(told))

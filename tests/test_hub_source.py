@@ -94,13 +94,15 @@ def test_the_cache_is_read_and_left_alone(hub: Hub, hub_cache: Path, quantize: Q
     assert len(list(hub_cache.rglob("*.safetensors"))) == 2
 
 
-def test_opened_as_from_a_folder(hub: Hub, hub_models: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["blocks", "single", "extra"])
+def test_opened_as_from_a_folder(hub: Hub, hub_models: Make, tmp_path: Path, kind: str) -> None:
+    hub.folder = hub_models(kind)
     remote = HubSource(MODEL, tmp_path / "source", torch.bfloat16)
-    local = Source(hub_models("blocks"), torch.bfloat16)
+    local = Source(hub_models(kind), torch.bfloat16)
     assert list(remote._file_of) == list(local._file_of)
     assert [path.name for path in remote._file_of.values()] == [path.name for path in local._file_of.values()]
     assert remote.bytes == local.bytes
-    assert remote.held < local.bytes
+    assert remote.extra_keys == local.extra_keys
     assert not any(name.endswith(".safetensors") for name in hub.whole)
     again = HubSource(MODEL, tmp_path / "other", torch.bfloat16)
     assert remote.identity() == again.identity()
