@@ -83,8 +83,8 @@ class HubSource(Source):
         self.shards = HubShards(model, scratch)
         super().__init__(self.shards.folder, dtype)
         self.seen = {"digests": {}, "downloads": {}}
-        path, self._blocks = topology.decoder_blocks(self.model)
-        self._block_paths = [f"{path}.{number}" for number in range(len(self._blocks))]
+        path, blocks = topology.decoder_blocks(self.model)
+        self._block_paths = [f"{path}.{number}" for number in range(len(blocks))]
         self._head_keys = self.keys_under([head_name(self.model)])
         self._outside = set(self.keys_outside([path])).difference(self._head_keys)
         self.held = self._most_held()

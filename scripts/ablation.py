@@ -136,10 +136,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    import torch
-
-    from lowbit.hardware import find_dtype
-
     if options.step:
         quantize_once(options)
         return
@@ -147,8 +143,12 @@ def main() -> None:
     known = [json.loads(line) for line in text.splitlines()]
     names = ("calibration", "samples", "seq_len", "text", "eval_seq_len", "bits", "group_size", "asymmetric")
     settings = {name: getattr(options, name) for name in names}
-    if options.model:  # wherever the files are, the run is the same
-        settings["calibration"] = Path(options.calibration).name
+    if options.model:
+        import torch
+
+        from lowbit.hardware import find_dtype
+
+        settings["calibration"] = Path(options.calibration).name  # wherever it is, the run is the same
         settings["text"] = [Path(text).name for text in options.text]
         settings["dtype"] = str(find_dtype("auto", torch.device("cpu")))  # which the CPU decides
     for seed in options.seeds if options.model else []:
