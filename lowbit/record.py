@@ -137,7 +137,7 @@ def this_run() -> dict[str, Any]:
     return {
         "command": command(),
         "versions": versions,
-        "machine": f"{_processor()}, {_cpus()} CPUs",
+        "machine": f"{processor()}, {_cpus()} CPUs",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "peak_memory": peak_memory(),
     }
@@ -187,7 +187,8 @@ def _cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU by its maker's name, where the system tells it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -8,9 +8,12 @@ the calibration tokens (drawn once, by lowbit's own code) and leave the dequanti
 bfloat16, which is compared with MODEL as `lowbit compare` does it. lowbit's own runs (`--only lowbit`)
 quantize with the same tokens and are evaluated from their packed checkpoint.
 
+A CPU that emulates bfloat16 (lowbit then works in float32, and AutoRound does) hands every peer a float32
+copy of MODEL: in bfloat16 a peer would spend its seconds on the emulation.
+
 CPU seconds run from reading the model to its quantized weights; a run on a model of one block comes
 first, so that what a peer compiles once is not counted. Results are appended to `--results` as JSON
-lines, and a run that is there already is not repeated.
+lines with their day and machine, and a run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +159,29 @@ def save_tokens(options: argparse.Namespace, target: Path) -> None:
     np.save(target, pack_tokens(documents, tokenizer, options.samples, options.seq_len, options.seed).numpy())
 
 
+def working_dtype() -> str:
+    """What lowbit works in on this machine's CPU, `bfloat16` or `float32`."""
+    import torch
+
+    from lowbit.hardware import find_dtype
+
+    return str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+
+
+def in_float32(model: Path, folder: Path) -> Path:
+    """A copy of a model folder in `folder` whose weights are float32."""
+    from safetensors.torch import load_file, save_file
+
+    copy = folder / "float32"
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = {n: t.float() for file in model.glob("*.safetensors") for n, t in load_file(file).items()}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+    (copy / "config.json").write_text(json.dumps(config, indent=2))
+    return copy
+
+
 def save_tiny(tokenizer_of: Path, folder: Path) -> Path:
     """A random model of one block and a few tokens for it, to warm a peer up with."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -185,7 +212,9 @@ def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
         warmed.touch()
     tokens = folder / "tokens.npy"
     save_tokens(options, tokens)
-    return last_json([*script, options.model, folder / "made", tokens, *method, "--group-size", group_size])
+    model = Path(options.model)
+    model = in_float32(model, folder) if working_dtype() == "float32" else model
+    return last_json([*script, model, folder / "made", tokens, *method, "--group-size", group_size])
 
 
 def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -249,7 +278,12 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(scratch)
         spent = (quantize_ours if run.peer == "lowbit" else quantize)(run, options, folder)
         found = evaluate(folder / "made", options)
-    return {**spent, "group_size": run.group_size or options.group_size, "texts": found}
+    from lowbit.record import processor
+
+    return {
+        **spent, "group_size": run.group_size or options.group_size, "texts": found,
+        "date": date.today().isoformat(), "processor": processor(),
+    }  # fmt: skip
 
 
 def scheme_name(result: dict[str, Any]) -> str:
@@ -317,7 +351,7 @@ def main() -> None:
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
     names = ("calibration", "samples", "seq_len", "seed", "text", "eval_seq_len")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names} | {"dtype": working_dtype()}
     failed = []
     for run in RUNS if options.model else []:
         key = {"model": Path(options.model).name, **run._asdict(), "settings": settings}

@@ -61,10 +61,9 @@ def main() -> None:
             tensors[f"{name}.weight"] = fake_quantize(
                 module.weight.float(), module.weight_scale.float(), module.weight_zero_point, scheme
             )
-            scale_bits = 8 * module.weight_scale.element_size()
     spent = cost.stop()  # all but GPTQ leave the rounding itself to the moment of saving
     zero_bits = 0 if options.symmetric else options.bits
-    size = dense.bits_per_weight(options.bits, options.group_size, scale_bits=scale_bits, zero_bits=zero_bits)
+    size = dense.bits_per_weight(options.bits, options.group_size, zero_bits=zero_bits)
     dense.save(options, "llmcompressor", spent, tensors, bits_per_weight=size)
 
 
