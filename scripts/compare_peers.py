@@ -350,8 +350,11 @@ def main() -> None:
     options = parser.parse_args()
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
-    names = ("calibration", "samples", "seq_len", "seed", "text", "eval_seq_len")
-    settings = {name: getattr(options, name) for name in names} | {"dtype": working_dtype()}
+    names = ("samples", "seq_len", "seed", "eval_seq_len")
+    settings = {name: getattr(options, name) for name in names} | {
+        "calibration": Path(options.calibration or "").name,  # texts by name: a result moves with the project
+        "text": [Path(text).name for text in options.text or []], "dtype": working_dtype(),
+    }  # fmt: skip
     failed = []
     for run in RUNS if options.model else []:
         key = {"model": Path(options.model).name, **run._asdict(), "settings": settings}
