@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 import lowbit
 from lowbit import QuantScheme
-from lowbit.hardware import bfloat16_products
+from lowbit.hardware import bfloat16_products, find_dtype
 
 PARTS = {
     "forward": ("stream.py",),
@@ -82,12 +82,13 @@ def rate_of_moments(width: int, tokens: int = 4096) -> float:
 def floors(shape: Shape, method: str, samples: int, length: int) -> dict[str, float]:
     """Seconds that the products of a part would take at this machine's rates."""
     (blocks, inputs), (bf16, float32) = shape.blocks["dense"], rates()
+    dtype = find_dtype("auto", torch.device("cpu"))  # what the model runs in
     once = count(shape, inputs, method, samples, length, 1)
     moments = rate_of_moments(max(one.width for one in inputs))
     print(f"one thread: {bf16 / 1e9:.0f} GFLOPS in bfloat16, {float32 / 1e9:.0f} in float32, "
-          f"{moments / 1e9:.0f} in float32 of bfloat16 numbers\n")  # fmt: skip
+          f"{moments / 1e9:.0f} in float32 of bfloat16 numbers; the model runs in {dtype}\n")  # fmt: skip
     return {
-        "forward": blocks * once.forward / bf16,
+        "forward": blocks * once.forward / (bf16 if dtype == torch.bfloat16 else float32),
         "moments": blocks * once.float32 / moments,
         "rounding": blocks * once.sweep / float32,
     }
