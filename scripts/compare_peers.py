@@ -99,6 +99,7 @@ RUNS = [
     *both("gptqmodel", "gptq"),
     *both("llmcompressor", "awq"),
     *both("llmcompressor", "imatrix"),
+    Run("auto-round", "signround-50", symmetric=True),  # for those who have no night to wait
     *both("auto-round", "signround"),
     *(Run(*peer, bits=bits) for bits in (3, 2) for peer in (
         ("llmcompressor", "gptq"), ("gptqmodel", "gptq"), ("llmcompressor", "awq"), ("hqq", "hqq"),
