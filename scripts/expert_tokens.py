@@ -54,7 +54,8 @@ def train(options: argparse.Namespace) -> Any:
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=256, moe_intermediate_size=256,
         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=64,
         num_experts=options.experts, num_experts_per_tok=2, norm_topk_prob=True,
-        max_position_embeddings=LENGTH, output_router_logits=True, router_aux_loss_coef=0.002, tie_word_embeddings=True,
+        max_position_embeddings=LENGTH, output_router_logits=True, router_aux_loss_coef=0.002,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model: Any = Qwen3MoeForCausalLM(config).float().train()
     rows = torch.cat([rows_of(text) for text in options.training])
