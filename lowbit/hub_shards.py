@@ -16,7 +16,6 @@ import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ class HubShards:
         headers: By name of a file: bytes `(start, stop)` of its tensors behind the header, by key.
         cached: The files that the hub's cache has.
         digest: Of what the files hold, by their digests on the hub.
+        failures: Why downloads failed that were then asked for again, in order; whoever reads it empties it.
     """
 
     def __init__(self, model: str, scratch: Path) -> None:
@@ -71,6 +71,7 @@ class HubShards:
         cached = {name: try_to_load_from_cache(model, name, revision=self._commit) for name in names}
         self.cached = {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
         self.headers = self._read_headers()
+        self.failures: list[str] = []
 
     def _names(self, listed: Iterable[str]) -> list[str]:
         """The weight files that a loader reads, by the rules of `untrusted.weight_files`."""
@@ -135,11 +136,13 @@ class HubShards:
         return downloaded
 
     def _arrived(self, name: str) -> bool:
-        """Is this the file that was on its way, and is it whole? If not, it is asked for once more."""
+        """Is this the file that was on its way, and is it whole? If it failed, `failures` says why."""
         if self._ahead is None or self._ahead.name != name:
             return False
         ahead, self._ahead = self._ahead, None
         ahead.join()
+        if ahead.failure:
+            self.failures.append(ahead.failure)
         return ahead.done
 
     def _download(self, name: str, stop: threading.Event | None = None) -> None:
@@ -182,17 +185,26 @@ class HubShards:
 
 
 class _Ahead(threading.Thread):
-    """A download of which nobody waits for the end; its failure is that of the next try."""
+    """A download of which nobody waits for the end; where it fails, whoever needs the file asks again.
+
+    Attributes:
+        stop: Set it to end the download.
+        done: Is the file here, whole and compared?
+        failure: Why not; empty while nothing went wrong.
+    """
 
     def __init__(self, shards: HubShards, name: str) -> None:
         super().__init__(name=name, daemon=True)  # a process that ends must not wait for it
-        self._shards, self.stop, self.done = shards, threading.Event(), False
+        self._shards, self.stop = shards, threading.Event()
+        self.done, self.failure = False, ""
         self.start()
 
     def run(self) -> None:
-        with suppress(Exception):
+        try:
             self._shards._download(self.name, self.stop)
             self.done = True
+        except Exception as error:  # a thread has nobody to raise it to: the next try raises its own
+            self.failure = str(error) or type(error).__name__
 
 
 def _silent(stop: threading.Event | None) -> Any:

@@ -82,7 +82,7 @@ class HubSource(Source):
         self._scratch, self._at = scratch, 0
         self.shards = HubShards(model, scratch)
         super().__init__(self.shards.folder, dtype)
-        self.seen = {"digests": {}, "downloads": {}}
+        self.seen = {"digests": {}, "downloads": {}, "failures": []}
         path, blocks = topology.decoder_blocks(self.model)
         self._block_paths = [f"{path}.{number}" for number in range(len(blocks))]
         self._head_keys = self.keys_under([head_name(self.model)])
@@ -153,6 +153,8 @@ class HubSource(Source):
         downloads = self.seen["downloads"]
         for name in self.shards.need(names, following):
             downloads[name] = downloads.get(name, 0) + 1
+        self.seen["failures"] += self.shards.failures
+        self.shards.failures.clear()
 
     def _digest(self, names: Iterable[str]) -> None:
         """Note the digests of files that are here."""
@@ -196,7 +198,7 @@ class HubSource(Source):
         return {"model": identity.of_model(self.seen["digests"], self._around())}
 
     def notes(self) -> list[str]:
-        """How much was downloaded, and how much of it more than once."""
+        """How much was downloaded, how much of it more than once, and what had to be asked for again."""
         downloads, sizes = self.seen["downloads"], self.shards.sizes
         total = sum(sizes[name] * count for name, count in downloads.items())
         again = {name: count - 1 for name, count in downloads.items() if count > 1}
@@ -204,7 +206,11 @@ class HubSource(Source):
         if again:
             more = sum(sizes[name] * count for name, count in again.items())
             note += f"; {len(again)} of them more than once ({megabytes(more)})"
-        return [note]
+        failures = self.seen["failures"]
+        if not failures:
+            return [note]
+        told = f"downloads that failed and were asked for again: {len(failures)}; the first: {failures[0]}"
+        return [note, told]
 
     def release(self) -> None:
         """Let all weights go, and the files with them."""

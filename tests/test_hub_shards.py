@@ -54,6 +54,9 @@ def test_a_failure_ahead_is_tried_again(hub: Hub, tmp_path: Path) -> None:
     hub.answer = lambda name, content: content
     assert shards.need([shard(2)]) == [shard(2)]
     assert shards.has([shard(2)])
+    assert shards.failures == [
+        f"{MODEL}: {shard(2)} could not be downloaded (HfHubHTTPError): check the network"
+    ]
 
 
 def test_parts_are_copied_to_their_places(hub_models: Make, tmp_path: Path) -> None:

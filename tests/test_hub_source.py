@@ -152,6 +152,32 @@ def test_a_hub_that_fails_is_waited_for(
     assert not work.exists()
 
 
+def test_downloads_that_were_asked_for_again_are_told_of(
+    hub: Hub, quantize: Quantize, tmp_path: Path
+) -> None:
+    """Those before an interruption, too."""
+    spoilt: list[str] = []
+
+    def damaged_once(name: str, content: bytes) -> bytes | int:
+        if name == shard(5) and shard(4) in spoilt:
+            return 500
+        if name not in (shard(1), shard(4)) or name in spoilt:  # both come ahead
+            return content
+        spoilt.append(name)
+        return content[:-1] + b"!"
+
+    hub.answer = damaged_once
+    with pytest.raises(ConnectionError, match=shard(5)):
+        quantize(MODEL, method="gptq", keep_source=False)
+    assert spoilt == [shard(1), shard(4)]
+    hub.answer = lambda name, content: content
+    report = quantize(MODEL, method="gptq", keep_source=False)
+    (note,) = [note for note in report.notes if "asked for again" in note]
+    assert note.startswith(
+        f"downloads that failed and were asked for again: 2; the first: {MODEL}: {shard(1)} arrived damaged"
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(
     hub: Hub, hub_cache: Path, hub_models: Make, text_file: str, tmp_path: Path
