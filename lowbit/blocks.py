@@ -30,6 +30,9 @@ from lowbit.topology import Matrix
 SAMPLED_ROWS = 512
 """Rows of each input that are kept where activations are rounded, over all batches."""
 
+UNCUT = "a block could not be cut behind attention: it ran whole in every pass, which takes longer"
+"""A note; see `halves.py`."""
+
 Progress = Callable[[str, int, int, str], None]
 """Called with a stage, steps done, steps in all, and what is going on."""
 
@@ -123,7 +126,8 @@ class BlockQuantizer:
         if idle:
             self._carry_all(number)
         elif self._corrected:
-            quantized, layers = self._correct_and_round(number, matrices, groups)
+            quantized, layers, uncut = self._correct_and_round(number, matrices, groups)
+            notes += [UNCUT] if uncut else []
             if number == 0 and self._probe < 2:
                 notes.append(
                     f"{self.method} needs 2 calibration sequences to correct anything: none corrected"
@@ -163,8 +167,11 @@ class BlockQuantizer:
 
     def _correct_and_round(
         self, number: int, matrices: Sequence[Matrix], groups: Sequence[Group]
-    ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer]]:
-        """Stage by stage: see what a layer lacks beside the original, correct, round. Then carry on."""
+    ) -> tuple[dict[Matrix, QuantizedWeight], list[Layer], bool]:
+        """Stage by stage: see what a layer lacks beside the original, correct, round. Then carry on.
+
+        The last value says whether all of the block ran every time; see `Pair.uncut`.
+        """
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []
         with Pair(self.stream, number, self._probe, self._mine, matrices, groups) as pair:
@@ -179,7 +186,7 @@ class BlockQuantizer:
             pair.carry_twins()
             self._tell(number, "carrying on", batches)
             self._advance(number, self._mine)
-        return quantized, layers
+        return quantized, layers, pair.uncut
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0

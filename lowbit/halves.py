@@ -8,7 +8,7 @@ made it be left out; before, those behind it can. What is left out gives zeros, 
 No architecture is known here. A half is the smallest module that holds its matrices (`self_attn`, `mlp`),
 and whether a block can be cut so is found by trying on a short batch: the numbers must be the block's own, to
 the bit. They are not where attention and MLP stand side by side and read the same norm; such a block is run
-whole every time.
+whole every time, and the run's notes say so.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class Pair:
     Attributes:
         stages: Groups in order of use.
         writers: Stages that write, by number, and the factor on what they write.
+        uncut: Does the block run whole in every pass for want of a place to cut it? One in which nothing
+            comes behind the first writer needs none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Pair:
         first = min(self.writers, default=len(self.stages))
         last = first >= len(self.stages) - 1
         self._cut = None if last else find_halves(stream, block, probe, self.stages, first)
+        self.uncut = self._cut is None and 1 < len(self.stages) != first + 1
         self._inputs: dict[int, Tensor] = {}
         self._behind = ExitStack()
 

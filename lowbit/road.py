@@ -227,6 +227,8 @@ class Road:
             f"{part}.* ({count} tensors) is not used by the architecture: copied as it is"
             for part, count in source.extra_parts().items()
         ]
+        # What blocks told alike is said once.
+        report.notes = [f"{note} (x{n})" if n > 1 else note for note, n in Counter(report.notes).items()]
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
         report.notes += source.notes()

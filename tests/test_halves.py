@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit import correction, pair, road
+from lowbit.blocks import UNCUT
 from lowbit.calibration import find_groups
 from lowbit.carried import Carried
 from lowbit.halves import Halves, find_halves
+from lowbit.pair import Pair
 from lowbit.results import Report
 from tests.test_correction import opened
 
@@ -67,6 +69,29 @@ def test_the_sum_stands_in_for_the_input(tiny_model: Callable[..., Path]) -> Non
     with cut.head.silent():
         assert torch.equal(stream.run(0, 1, read=carried), whole)
     assert stream.run(0, 1).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "blocks"),
+    [("llama", "qronos", 0), ("mixtral", "qronos", 0), ("phi", "qronos", 3), ("gemma3", "qronos", 4),
+     ("phi", "gptq", 0)],
+)  # fmt: skip
+def test_blocks_that_ran_whole_are_named_once(
+    quantize: Callable[..., Report], tiny_model: Callable[..., Path], family: str, method: str, blocks: int
+) -> None:
+    """Where that takes longer: where nothing is corrected, every block runs whole."""
+    report = quantize(tiny_model(family), method=method, verify_output=False)
+    told = [note for note in report.notes if note.startswith(UNCUT)]
+    assert told == ([f"{UNCUT} (x{blocks})"] if blocks else [])
+
+
+def test_a_block_without_a_second_half_has_nothing_to_cut(tiny_model: Callable[..., Path]) -> None:
+    source, plan, stream = opened(tiny_model("llama"), 2)
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    matrices = plan.matrices(0)
+    groups = find_groups(matrices, lambda: stream.run(0, 0))
+    parts = groups, groups[:1], groups[2:]  # all, what reads alone, an MLP alone
+    assert not any(Pair(stream, 0, 0, [], matrices, part).uncut for part in parts)
 
 
 @pytest.mark.parametrize("limit", [None, 0])
