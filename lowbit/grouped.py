@@ -53,14 +53,16 @@ def matmul(x: Tensor, experts: Tensor, weight: Operand) -> Tensor:
 
     Args:
         x: Activations, `[rows, in]`; a token that is routed to two experts is two rows.
-        experts: int64 `[rows]`, each in `0 ... number of experts - 1`.
+        experts: int64 `[rows]`, each in `0 ... number of experts - 1`. A number outside is refused, except
+            where a GPU multiplies all rows in one launch, which would have to be waited for: there it makes
+            garbage.
         weight: From `stack`.
 
     Returns:
         `[rows, out]` in the dtype of `x`.
 
     Raises:
-        LowbitError: `x` and `experts` don't fit each other or the weight.
+        LowbitError: `x` and `experts` don't fit each other or the weight, or a row goes to no expert.
     """
     tensors, rest = weight.fields()
     if weight.layout == ops.TILES and ops.is_plain(x):
@@ -85,9 +87,12 @@ def _check(x: Tensor, experts: Tensor, in_features: int) -> None:
 
 def _rows_by_expert(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     """Each expert that has rows, and their indices in order."""
+    if len(experts):
+        least, most = (int(number) for number in experts.aminmax())
+        if least < 0 or most >= count:
+            wrong = least if least < 0 else most
+            raise LowbitError(f"a row goes to expert {wrong}: give numbers from 0 to {count - 1}")
     rows_of = torch.bincount(experts, minlength=count).tolist()
-    if len(rows_of) > count:
-        raise LowbitError(f"a row goes to expert {len(rows_of) - 1}: there are {count}")
     for expert, rows in enumerate(experts.argsort(stable=True).split(rows_of)):
         if len(rows):
             yield expert, rows

@@ -182,6 +182,14 @@ def test_a_state_dict_loaded_later_is_prepared(checkpoint: Callable[..., Path]) 
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("wrong", [-1, 4, 10**12])
+def test_a_row_that_goes_to_no_expert_is_refused(checkpoint: Callable[..., Path], wrong: int) -> None:
+    experts = experts_of(lowbit.load(checkpoint("mixtral", W4)))[0]
+    index = torch.tensor([[0, 3], [2, wrong]])
+    with pytest.raises(LowbitError, match=f"^a row goes to expert {wrong}: give numbers from 0 to 3$"):
+        experts(torch.randn(2, 64).bfloat16(), index, torch.rand(2, 2))
+
+
 def test_a_missing_expert_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("qwen3_moe", W4)
     gone = "model.layers.1.mlp.experts.2.up_proj."

@@ -126,8 +126,9 @@ def grouped_dequant_matmul(
 
     Args:
         x: float16 or bfloat16 `[rows, in]`. A token that is routed to two experts is two rows.
-        experts: integers `[rows]`, each in `0 ... experts - 1`. Nothing checks that: the GPU would have to
-            be waited for, and a number outside makes rows of the result garbage.
+        experts: integers `[rows]`, each in `0 ... experts - 1`. That is checked on the CPU (where Triton
+            interprets) and never on a GPU, which would have to be waited for: there a number outside makes
+            rows of the result garbage, others' too.
         codes: int16, from `to_layout` of a stack `[experts, ...]`.
         scale_zero: int32, from `to_layout` of a stack.
         bits: 4 or 8.
@@ -139,7 +140,7 @@ def grouped_dequant_matmul(
         `[rows, out]` in x's dtype.
 
     Raises:
-        ValueError: the tensors do not fit one another.
+        ValueError: the tensors do not fit one another, or an expert on the CPU is not in the stack.
     """
     constants = grid_constants(bits, group_size, x.shape[-1], scale_dtype)
     check(x, codes, scale_zero, constants, x.shape[-1], out_features)
@@ -147,6 +148,10 @@ def grouped_dequant_matmul(
         raise ValueError(
             f"experts must be [{len(x)}] and codes a stack, got {list(experts.shape)}, {list(codes.shape)}"
         )
+    if experts.device.type == "cpu":
+        outside = [expert for expert in experts.tolist() if not 0 <= expert < len(codes)]
+        if outside:
+            raise ValueError(f"experts must be from 0 to {len(codes) - 1}, got {outside[0]}")
     y = x.new_empty(len(x), out_features)
     if y.numel():
         rows_of_expert = -(-len(x) // len(codes))  # on average, which chooses the height of a tile

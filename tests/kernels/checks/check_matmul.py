@@ -90,6 +90,19 @@ def test_grouped(rows: int, num_experts: int, bits: int) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=2**-11, atol=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_expert_on_the_cpu_that_is_not_in_the_stack_is_refused(wrong: int) -> None:
+    layout = to_layout(
+        *make_weight(3, 70, 384, bits=4, group_size=128), bits=4, group_size=128, in_features=384
+    )
+    experts = torch.tensor([0, 2, wrong], device="cpu")
+    with pytest.raises(ValueError, match=f"experts must be from 0 to 2, got {wrong}"):
+        grouped_dequant_matmul(
+            torch.randn(3, 384).half(), experts, *layout, bits=4, group_size=128, out_features=70,
+            scale_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+
 @pytest.mark.usefixtures("spelling")
 class TestInputs:
     """What callers hand in: other strides, other shapes, nothing at all, the wrong thing."""
