@@ -10,6 +10,7 @@ by int8. The two ways of the second and the third must give the same bits, or th
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ def by_int8() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU: scripts/kernel_report.py counts without one")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
