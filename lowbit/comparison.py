@@ -28,6 +28,7 @@ from lowbit.dataset import evaluation_windows, full_name, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
 from lowbit.evaluate import Result, check_model, compare
+from lowbit.hardware import evaluation_dtype
 from lowbit.inspection import inspect
 from lowbit.record import public, this_run
 from lowbit.stream import Stream
@@ -130,12 +131,13 @@ def compare_checkpoints(
         seq_len: Tokens of a window.
         windows: How many; None takes the whole text.
         device: Where to compute.
-        dtype: Precision; "auto" is each checkpoint's own.
+        dtype: Precision; "auto" is each checkpoint's own, or float32 on CPUs that have no bfloat16 products.
         progress: Told about every block of the original and every window.
 
     Raises:
-        LowbitError: something can't be loaded, or does not belong to the original.
+        LowbitError: something can't be loaded, or does not belong to the original; no such precision.
     """
+    dtype = evaluation_dtype(dtype, torch.device(device))
     told = progress or (lambda *_: None)
     names = short_names(models)
     with tempfile.TemporaryDirectory() as scratch:

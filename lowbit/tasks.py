@@ -28,6 +28,7 @@ import torch
 
 from lowbit import hf
 from lowbit.errors import LowbitError
+from lowbit.hardware import evaluation_dtype
 from lowbit.quiet import quiet
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -99,14 +100,16 @@ def measure(
         limit: Take the first so many documents of every task.
         fewshot: Examples before every question; None leaves it to the task.
         batch_size: Questions asked together. Padding changes a bfloat16 answer a little.
-        dtype: Precision, as `hf.load` takes it.
+        dtype: Precision, as `hf.load` takes it; but "auto" is float32 on CPUs that have no bfloat16 products,
+            and each model's own elsewhere.
         device: Where to run.
         progress: Called with (model, answers so far, answers in all).
 
     Raises:
-        LowbitError: the harness is not installed, there is no such task, its data can't be read, or
-            no metric marks single documents.
+        LowbitError: the harness is not installed, there is no such task or precision, its data can't be
+            read, or no metric marks single documents.
     """
+    dtype = evaluation_dtype(dtype, torch.device(device))
     harness, manager = _open_harness(tasks, include_path)
     ask = {"limit": limit, "num_fewshot": fewshot, "task_manager": manager}
     marks = []

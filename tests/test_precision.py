@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lowbit import QuantScheme, hardware, hf
+from lowbit.comparison import compare_checkpoints
 from lowbit.errors import LowbitError
 from lowbit.evaluate import perplexity
 from lowbit.results import Report
@@ -24,6 +26,7 @@ def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_measured_in() -> None:
     assert hardware.evaluation_dtype("auto", CPU) == "auto"
     assert hardware.evaluation_dtype("float32", CPU) == torch.float32
+    assert hardware.evaluation_dtype(torch.float64, CPU) == torch.float64
     with pytest.raises(LowbitError, match="--dtype float8"):
         hardware.evaluation_dtype("float8", CPU)
 
@@ -32,6 +35,23 @@ def test_what_is_measured_in() -> None:
 def test_float32_is_measured_in_where_bfloat16_is_emulated() -> None:
     assert hardware.evaluation_dtype("auto", CPU) == torch.float32
     assert hardware.evaluation_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+@pytest.mark.parametrize(
+    ("given", "measured"),
+    [({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16"), ({"dtype": torch.bfloat16}, "bfloat16")],
+)
+def test_python_compares_in_what_the_command_compares_in(
+    checkpoint: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    text_file: str,
+    given: Any,
+    measured: str,
+) -> None:
+    original = str(tiny_model("llama"))
+    found = compare_checkpoints([str(checkpoint())], original, text_file, seq_len=64, windows=1, **given)
+    assert [model.result.dtype for model in found.models] == [measured]
 
 
 @pytest.mark.usefixtures("without_bfloat16")

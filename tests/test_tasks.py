@@ -141,6 +141,22 @@ def test_without_the_original(harness: FakeHarness) -> None:
     assert alone.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(("fast", "measured"), [(True, "auto"), (False, torch.float32)])
+def test_measured_in_what_the_command_measures_in(
+    harness: FakeHarness, monkeypatch: pytest.MonkeyPatch, fast: bool, measured: torch.dtype | str
+) -> None:
+    asked = []
+
+    def load(name: str, *, dtype: torch.dtype | str, **_: Any) -> Named:
+        asked.append(dtype)
+        return Named(name)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(tasks.hf, "load", load)
+    measure("model", ["river"], reference="original")
+    assert asked == [measured] * 2
+
+
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [

@@ -46,7 +46,7 @@ def run(
     from lowbit.comparison import compare_checkpoints
     from lowbit.comparison_page import render
     from lowbit.errors import LowbitError
-    from lowbit.hardware import evaluation_dtype, find_device
+    from lowbit.hardware import find_device
     from lowbit.terminal import progress_bar, show_comparison
 
     console, where = open_console(as_json), find_device(device)
@@ -60,7 +60,7 @@ def run(
             seq_len=seq_len,
             windows=windows,
             device=where,
-            dtype=evaluation_dtype(dtype, where),
+            dtype=dtype,
             progress=progress,
         )
     output.write_text(render(found), encoding="utf-8")
