@@ -100,8 +100,9 @@ def table(results: list[dict[str, Any]]) -> str:
         chosen = [r for r in results if (r["model"], r["scheme"]) == (model, scheme)]
         texts = list(chosen[0]["texts"])
         heads = [f"KL, {text} | ratio" for text in texts]
-        seeds, used = len({run["seed"] for run in chosen}), chosen[0]["settings"]
-        lines = [f"**{model}, {scheme}, {used['samples']} x {used['seq_len']} tokens, {seeds} seeds**", "",
+        count, used = len({run["seed"] for run in chosen}), chosen[0]["settings"]
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
+        lines = [f"**{model}, {scheme}, {used['samples']} x {used['seq_len']} tokens, {seeds}**", "",
                  f"| step | {' | '.join(heads)} | CPU s |", "|---" * (2 + 2 * len(texts)) + "|"]  # fmt: skip
         for step in STEPS:
             runs = [r for r in chosen if r["step"] == step]

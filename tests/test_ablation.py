@@ -45,6 +45,11 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error(ablation: ModuleTy
     ]
 
 
+def test_one_seed_is_one(ablation: ModuleType) -> None:
+    title = ablation.table([run(next(iter(ablation.STEPS)), 5, 0.1)]).splitlines()[0]
+    assert title == "**m, w4g64, 32 x 512 tokens, 1 seed**"
+
+
 def test_a_record_of_no_step_is_refused(ablation: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no step of today"):
         ablation.table([run("+ magic", 0, 0.1)])
