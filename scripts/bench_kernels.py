@@ -116,12 +116,15 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]], head: str) -> str:
-    """Microseconds and, in brackets, times `torch.matmul`: one Markdown table a width and dtype."""
+    """Microseconds and, in brackets, times `torch.matmul`: one Markdown table a width and dtype.
+
+    A shape that two models have was timed twice and has two columns.
+    """
     found = [head]
     for bits, dtype in sorted({(int(row["bits"]), row["dtype"]) for row in rows}):
         chosen = [row for row in rows if (int(row["bits"]), row["dtype"]) == (bits, dtype)]
-        shapes = list(dict.fromkeys((row["out"], row["in"]) for row in chosen))
-        found.append(f"\n| W{bits} {dtype}, rows of x | {' | '.join(f'{o} x {i}' for o, i in shapes)} |")
+        shapes = list(dict.fromkeys((row["model"], row["out"], row["in"]) for row in chosen))
+        found.append(f"\n| W{bits} {dtype}, rows of x | {' | '.join(f'{o} x {i}' for _, o, i in shapes)} |")
         found.append("|---" * (1 + len(shapes)) + "|")
         for height in dict.fromkeys(row["rows"] for row in chosen):
             cells = [f"{float(row['us']):.1f} us ({float(row['speedup']):.2f}x)"
@@ -176,7 +179,7 @@ def main() -> None:
     )
     print(head)
     rows = []
-    for model in arguments.models:
+    for model in dict.fromkeys(arguments.models):
         for (out, columns), (bits, dtype) in itertools.product(SHAPES[model], settings):
             rows += measure(model, out, columns, bits, dtype, bandwidth)
     arguments.out.mkdir(parents=True, exist_ok=True)
