@@ -352,10 +352,12 @@ def main() -> None:
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
     names = ("samples", "seq_len", "seed", "eval_seq_len")
-    settings = {name: getattr(options, name) for name in names} | {
-        "calibration": Path(options.calibration or "").name,  # texts by name: a result moves with the project
-        "text": [Path(text).name for text in options.text or []], "dtype": working_dtype(),
-    }  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    if options.model:  # else torch is not asked which precision this machine would work in
+        settings |= {
+            "calibration": Path(options.calibration or "").name,  # by name: a result moves with the project
+            "text": [Path(text).name for text in options.text or []], "dtype": working_dtype(),
+        }  # fmt: skip
     failed = []
     for run in RUNS if options.model else []:
         key = {"model": Path(options.model).name, **run._asdict(), "settings": settings}

@@ -73,6 +73,13 @@ def test_the_page_keeps_what_is_outside_the_markers(module: Any) -> None:
         peers.between_markers("before\n", "new\n")
 
 
+@pytest.mark.parametrize("script", ["compare_peers", "ablation"])
+def test_a_table_is_made_without_torch(script: str, tmp_path: Path) -> None:
+    code = f"import sys, {script}; {script}.main(); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "--results", str(tmp_path / "none.jsonl")]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+
+
 def test_every_run_has_a_script_that_knows_its_method(module: Any) -> None:
     peers = module("compare_peers")
     assert len({run.name for run in peers.RUNS}) == len(peers.RUNS)
