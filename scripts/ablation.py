@@ -20,7 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from compare_peers import between_markers, evaluate
+from compare_peers import evaluate
+from peer_table import between_markers
 
 MARKERS = ("<!-- ablation: begin -->\n", "<!-- ablation: end -->")
 

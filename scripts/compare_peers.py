@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from peer_table import between_markers, table
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
@@ -110,8 +111,6 @@ RUNS = [
     Run("lowbit", "fast", 8, symmetric=True),
 ]  # fmt: skip
 EFFORTS = ("fast", "balanced", "high", "max")
-COLUMNS = "peer | method | scheme | bits/weight | text | ppl ratio | KL | top-1 | CPU s | peak GB"
-MARKERS = ("<!-- peers: begin -->\n", "<!-- peers: end -->")
 
 
 def environment(name: str, folder: Path) -> Path:
@@ -285,50 +284,6 @@ def measure(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         **spent, "group_size": run.group_size or options.group_size, "texts": found,
         "date": date.today().isoformat(), "processor": processor(),
     }  # fmt: skip
-
-
-def scheme_name(result: dict[str, Any]) -> str:
-    """Such as `w4g64 asym`."""
-    return f"w{result['bits']}g{result['group_size']} {'sym' if result['symmetric'] else 'asym'}"
-
-
-def rows(result: dict[str, Any]) -> list[str]:
-    """A result's lines of the table, one for each text."""
-    found = []
-    for text, score in result["texts"].items():
-        cells = [
-            f"{result['peer']} {result['version']}", result["method"], scheme_name(result),
-            f"{result['bits_per_weight']:.2f}", text,
-            f"{score['perplexity_ratio']:.3f} ± {score['perplexity_ratio_se']:.3f}",
-            f"{score['kl']:.4f} ± {score['kl_se']:.4f}", f"{score['top1_agreement']:.3f}",
-            f"{result['cpu_seconds']:.0f}", f"{result['peak_memory'] / 1e9:.2f}",
-        ]  # fmt: skip
-        found.append(f"| {' | '.join(cells)} |")
-    return found
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """All results as Markdown: a table for each model and width, the best divergence first."""
-    groups = sorted({(r["model"], -r["bits"]) for r in results})
-    blocks = []
-    for model, bits in groups:
-        chosen = [r for r in results if (r["model"], -r["bits"]) == (model, bits)]
-        chosen.sort(key=lambda r: next(iter(r["texts"].values()))["kl"])
-        lines = [f"**{model}, {-bits} bits**", "", f"| {COLUMNS} |", "|---" * (COLUMNS.count("|") + 1) + "|"]
-        blocks.append("\n".join([*lines, *(line for result in chosen for line in rows(result))]))
-    return "\n\n".join(blocks) + "\n"
-
-
-def between_markers(page: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
-    """`page` with `text` in place of what stands between the markers.
-
-    Raises:
-        SystemExit: the page has no markers.
-    """
-    begin, end = (page.find(marker) for marker in markers)
-    if begin < 0 or end < begin:
-        raise SystemExit(f"the page lacks the lines {markers[0].strip()} and {markers[1]}")
-    return f"{page[: begin + len(markers[0])]}\n{text}\n{page[end:]}"
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def module() -> Iterator[Callable[[str], ModuleType]]:
     yield importlib.import_module
     for folder in folders:
         sys.path.remove(folder)
-    for name in ("compare_peers", "dense", "gptq_file", "llama_cpp"):
+    for name in ("compare_peers", "peer_table", "dense", "gptq_file", "llama_cpp"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -49,7 +49,7 @@ def result(peer: str = "tool", kl: float = 0.1, **changes: Any) -> dict[str, Any
 
 
 def test_the_table_has_a_row_for_every_text_and_the_best_first(module: Any) -> None:
-    table = module("compare_peers").table([result("worse", 0.2), result("better", 0.1)])
+    table = module("peer_table").table([result("worse", 0.2), result("better", 0.1)])
     title, blank, header, rule, *rows = table.splitlines()
     assert (title, blank, len(rows)) == ("**m, 4 bits**", "", 4)
     assert {line.count("|") for line in (header, rule, *rows)} == {11}
@@ -59,12 +59,12 @@ def test_the_table_has_a_row_for_every_text_and_the_best_first(module: Any) -> N
 
 def test_models_and_widths_have_tables_of_their_own(module: Any) -> None:
     runs = [result(bits=3), result(model="n"), result(bits=4)]
-    titles = [line for line in module("compare_peers").table(runs).splitlines() if line.startswith("**")]
+    titles = [line for line in module("peer_table").table(runs).splitlines() if line.startswith("**")]
     assert titles == ["**m, 4 bits**", "**m, 3 bits**", "**n, 4 bits**"]
 
 
 def test_the_page_keeps_what_is_outside_the_markers(module: Any) -> None:
-    peers = module("compare_peers")
+    peers = module("peer_table")
     page = f"before\n{peers.MARKERS[0]}old\n{peers.MARKERS[1]}\nafter\n"
     once = peers.between_markers(page, "new\n")
     assert once == f"before\n{peers.MARKERS[0]}\nnew\n\n{peers.MARKERS[1]}\nafter\n"
