@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lowbit import durable, origin, untrusted
+from lowbit import durable, origin, places, untrusted
 from lowbit.errors import LowbitError
 
 AT_ONCE = 8
@@ -33,7 +33,7 @@ class HubShards:
     """The weight files of one commit.
 
     Attributes:
-        model: Its hub id.
+        model: Its hub id, without a revision.
         folder: Where config, tokenizer and index are, in the hub's cache.
         sizes: Bytes of every weight file, by name.
         headers: By name of a file: bytes `(start, stop)` of its tensors behind the header, by key.
@@ -46,7 +46,7 @@ class HubShards:
         """Ask the hub for everything but the weights.
 
         Args:
-            model: Hub id.
+            model: Hub id, with or without `@revision`.
             scratch: Folder for the weight files, made here; the caller removes it.
 
         Raises:
@@ -54,21 +54,22 @@ class HubShards:
         """
         from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
-        self.model, self._scratch = model, scratch
+        self.model, revision = places.split_revision(model)
+        self._scratch = scratch
         self._here: set[str] = set()
         self._ahead: _Ahead | None = None
         with origin.asking_hub(model):
-            info = HfApi().model_info(model, files_metadata=True)
+            info = HfApi().model_info(self.model, revision=revision, files_metadata=True)
             self._commit = str(info.sha)
             small = [*origin.NEVER_READ, "*.safetensors"]
-            self.folder = Path(snapshot_download(model, revision=self._commit, ignore_patterns=small))
+            self.folder = Path(snapshot_download(self.model, revision=self._commit, ignore_patterns=small))
         listed = {file.rfilename: file for file in info.siblings or []}
         names = self._names(listed)
         self.sizes = {name: int(listed[name].size or 0) for name in names}
         self._sha256 = {name: lfs.sha256 for name in names if (lfs := listed[name].lfs)}
         found = {name: self._sha256.get(name, listed[name].blob_id) for name in names}
         self.digest = {name: f"{self.sizes[name]} {found[name]}" for name in names}
-        cached = {name: try_to_load_from_cache(model, name, revision=self._commit) for name in names}
+        cached = {name: try_to_load_from_cache(self.model, name, revision=self._commit) for name in names}
         self.cached = {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
         self.headers = self._read_headers()
         self.failures: list[str] = []

@@ -72,7 +72,7 @@ class HubSource(Source):
         """Open a hub id.
 
         Args:
-            model: Hub id.
+            model: Hub id, with or without `@revision`.
             scratch: Folder for the files that come and go.
             dtype: Working precision.
 

@@ -42,17 +42,23 @@ NEVER_READ = (
 
 
 def from_hub(model: str) -> Path:
-    """The snapshot of a hub id; raises `LowbitError` if it can't be had."""
+    """The snapshot of a hub id, with or without `@revision`; raises `LowbitError` if it can't be had."""
     from huggingface_hub import snapshot_download
 
     with asking_hub(model):
-        return Path(snapshot_download(model, ignore_patterns=list(NEVER_READ)))
+        hub_id, revision = places.split_revision(model)
+        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=list(NEVER_READ)))
 
 
 @contextmanager
 def asking_hub(model: str) -> Iterator[None]:
     """Whatever keeps the hub from giving `model` becomes a `LowbitError` that says what to do."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     places.check_source(model)
     try:
@@ -63,6 +69,8 @@ def asking_hub(model: str) -> Iterator[None]:
         raise LowbitError(f"{model} is gated: accept its licence on the hub, then `hf auth login`") from None
     except RepositoryNotFoundError:
         raise LowbitError(f"{model} is neither a local folder nor a public hub id: check the name") from None
+    except RevisionNotFoundError:
+        raise places.no_revision(model) from None
     except HFValidationError:
         raise LowbitError(f"{model} is neither a local folder nor a valid hub id (org/name)") from None
     except Exception as error:  # huggingface_hub, httpx and the OS each have their own "can't reach"

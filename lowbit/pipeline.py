@@ -73,7 +73,8 @@ def quantize(
     """Quantize a causal language model into a checkpoint that stock loaders read.
 
     Args:
-        model: Hub id, local folder, `.gguf` file, or a loaded transformers model.
+        model: Hub id (`org/name` or `org/name@revision`, a branch, tag or commit), local folder, `.gguf`
+            file, or a loaded transformers model.
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
         effort: `fast`, `balanced`, `high` or `max`: how much work goes into the model.

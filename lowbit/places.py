@@ -7,15 +7,50 @@ from pathlib import Path
 from lowbit.errors import LowbitError
 
 
-def check_source(model: str) -> None:
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Hub id and revision of `org/name@revision`; what names no revision stays as it is.
+
+    An `@` in a path is part of a name: a path is what exists here, is written like one, or ends in `.gguf`.
+
+    >>> split_revision("org/name@v1"), split_revision("org/name"), split_revision("./name@v1")
+    (('org/name', 'v1'), ('org/name', None), ('./name@v1', None))
+    """
+    hub_id, at, revision = model.partition("@")
+    if not at or _like_a_path(hub_id) or model.endswith(".gguf") or Path(model).expanduser().exists():
+        return model, None
+    return hub_id, revision
+
+
+def check_source(model: str, known: str = "a folder, a .gguf file or a hub id (org/name)") -> None:
     """Refuse what is written like a path and is none; whether a hub has it is asked later.
 
+    Args:
+        model: Path or hub id, which may name a revision.
+        known: What the caller takes, for the message.
+
     Raises:
-        LowbitError: there is no such file or folder.
+        LowbitError: there is no such file or folder, a revision is asked of one, or one half of a hub id and
+            its revision is missing.
     """
-    like_a_path = model.count("/") > 1 or model.startswith((".", "/", "~"))
-    if like_a_path and not Path(model).expanduser().exists():
-        raise LowbitError(f"{model} does not exist: give a folder, a .gguf file or a hub id (org/name)")
+    hub_id, revision = split_revision(model)
+    if _like_a_path(hub_id) and not Path(hub_id).expanduser().exists():
+        raise LowbitError(f"{model} does not exist: give {known}")
+    if revision is None:
+        return
+    if not hub_id or not revision:
+        raise LowbitError(f"{model} is half a name: give org/name@revision, with a branch, tag or commit")
+    if Path(hub_id).exists():  # transformers would read it, whatever the revision
+        raise LowbitError(f"{hub_id} is a local file or folder, without revisions: leave out @{revision}")
+
+
+def no_revision(model: str) -> LowbitError:
+    """What to raise where the hub has a model, and not the revision that is asked for."""
+    hub_id, revision = split_revision(model)
+    return LowbitError(f"{hub_id} has no revision {revision or 'main'}: give a branch, tag or commit of it")
+
+
+def _like_a_path(name: str) -> bool:
+    return name.count("/") > 1 or name.startswith((".", "/", "~"))
 
 
 def check_target(output: Path, source: str, overwrite: bool, as_file: bool = False) -> None:

@@ -173,7 +173,7 @@ def preview(
     """What `quantize` would choose within a target; nothing is written.
 
     Args:
-        model: Hub id, local folder, or `.gguf` file.
+        model: Hub id, with or without `@revision`, local folder, or `.gguf` file.
         target: How small the checkpoint must be.
         method: Rounding algorithm that will be used; None: that of the default effort.
         dataset: Text to price the groups on, as in `quantize`.

@@ -51,7 +51,7 @@ def find(model: str, scratch: Path) -> Path:
     """The folder of safetensors behind `model`.
 
     Args:
-        model: Hub id, local folder, or `.gguf` file.
+        model: Hub id, with or without `@revision`, local folder, or `.gguf` file.
         scratch: Where a GGUF file is converted to; the caller removes it.
 
     Raises:

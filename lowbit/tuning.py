@@ -39,7 +39,8 @@ def qat(
     """Quantize a model and train it in its quantized form.
 
     Args:
-        model: Hub id, local folder, `.gguf` file, or a loaded transformers model.
+        model: Hub id (`org/name` or `org/name@revision`, a branch, tag or commit), local folder, `.gguf`
+            file, or a loaded transformers model.
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
         dataset: Text to calibrate and to train on, as in `lowbit.quantize`; `samples` rows of `seq_len`

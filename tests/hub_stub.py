@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tests.tiny import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLD_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 MODEL = "someone/tiny"
 
 
@@ -52,6 +53,8 @@ class Hub:
     """What it serves, and what was asked of it.
 
     Attributes:
+        folder: The newest commit's files.
+        older: Folder of the files of `OLD_COMMIT`, which is also the tag `v1` and the branch `refs/pr/1`.
         url: For `HF_ENDPOINT`.
         whole: Names of the files of which all bytes were sent, in order.
         answer: Called with a name before all its bytes are sent; its result is sent in their place, an int
@@ -60,19 +63,28 @@ class Hub:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
+        self.older: Path | None = None
         self.whole: list[str] = []
         self.answer: Callable[[str, bytes], bytes | int] = lambda _, content: content
 
-    def entry(self, path: Path) -> dict[str, Any]:
+    def at(self, revision: str) -> tuple[str, Path] | None:
+        """Commit and folder of a revision; None where there is none."""
+        if revision in ("main", COMMIT):
+            return COMMIT, self.folder
+        if self.older and revision in ("v1", "refs/pr/1", OLD_COMMIT):
+            return OLD_COMMIT, self.older
+        return None
+
+    def entry(self, path: Path, folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
-        name, size = path.relative_to(self.folder).as_posix(), len(content)
+        name, size = path.relative_to(folder).as_posix(), len(content)
         entry = {"size": size, "blobId": hashlib.sha1(content).hexdigest()}
         if path.suffix == ".safetensors":
             entry["lfs"] = {"size": size, "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
         return {**entry, "rfilename": name}
 
-    def listed(self) -> list[dict[str, Any]]:
-        return [self.entry(path) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+    def listed(self, folder: Path) -> list[dict[str, Any]]:
+        return [self.entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,29 +106,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(self.path.partition("?")[0])
-        if path.startswith(f"/api/models/{MODEL}/tree/"):
-            tree = []
-            for e in self.hub.listed():
-                tree.append({"type": "file", "path": e["rfilename"], "size": e["size"], "oid": e["blobId"]})
-                if "lfs" in e:
-                    tree[-1]["lfs"] = {**e["lfs"], "oid": e["lfs"]["sha256"]}
-            return self._send(200, json.dumps(tree).encode())
-        if path.startswith(f"/api/models/{MODEL}"):
-            info = {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": self.hub.listed(), "tags": []}
-            return self._send(200, json.dumps(info).encode())
-        asked = re.fullmatch(rf"/{MODEL}/resolve/[\w.]+/(.*)", path)
-        file = self.hub.folder / asked[1] if asked else None
-        if file is None or not file.is_file():
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound" if asked else "RepoNotFound"})
-        self._file(file)
+        asked = re.fullmatch(
+            rf"/(api/models/)?{MODEL}(?:/(tree|revision|resolve)/([^/]+))?(?:/(.+))?",
+            self.path.partition("?")[0],
+        )
+        if asked is None:
+            return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        at = self.hub.at(unquote(asked[3] or "main"))
+        if at is None:
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if asked[1]:
+            return self._told(*at, tree=asked[2] == "tree")
+        file = at[1] / unquote(asked[4] or "")
+        if not file.is_file():
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        self._file(*at, file)
         return None
 
-    def _file(self, file: Path) -> None:
-        content, entry = file.read_bytes(), self.hub.entry(file)
+    def _told(self, commit: str, folder: Path, tree: bool) -> None:
+        """What a commit holds, as the one and the other address of the API tell it."""
+        listed = self.hub.listed(folder)
+        if not tree:
+            info = {"id": MODEL, "modelId": MODEL, "sha": commit, "siblings": listed, "tags": []}
+            return self._send(200, json.dumps(info).encode())
+        entries = []
+        for e in listed:
+            entries.append({"type": "file", "path": e["rfilename"], "size": e["size"], "oid": e["blobId"]})
+            if "lfs" in e:
+                entries[-1]["lfs"] = {**e["lfs"], "oid": e["lfs"]["sha256"]}
+        return self._send(200, json.dumps(entries).encode())
+
+    def _file(self, commit: str, folder: Path, file: Path) -> None:
+        content, entry = file.read_bytes(), self.hub.entry(file, folder)
         headers = {
             "ETag": f'"{entry.get("lfs", {}).get("sha256", entry["blobId"])}"',
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": commit,
         }
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if self.command == "HEAD":
