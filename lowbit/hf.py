@@ -8,12 +8,14 @@ everything else is left to transformers. `load_stock` is what a user without low
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -29,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit import formats, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, int_quantized
+from lowbit.places import check_source, no_revision, split_revision
 from lowbit.quantizer import LowbitConfig, find_format
 from lowbit.quiet import quiet
 from lowbit.untrusted import NEVER_TRUSTED
@@ -44,7 +47,8 @@ def load(
     """Load a model folder or hub id, quantized or not, in evaluation mode.
 
     Args:
-        folder: A checkpoint that lowbit or another tool wrote, or any causal language model.
+        folder: A checkpoint that lowbit or another tool wrote, or any causal language model. A hub id may
+            name a branch, tag or commit: `org/name@revision`.
         packed: Keep quantized weights packed, in memory too; False gives a dense model, except where
             activations are rounded too, which no dense model does.
         dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
@@ -58,26 +62,28 @@ def load(
     >>> model.generate(prompt, max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
     True
     """
-    config = _config(folder)
+    config, path = _config(folder), Path(folder).expanduser()
     quantization = _quantization(config)
     fmt = _format(quantization)
-    if fmt is None or (not packed and not Path(folder).is_dir()):
+    if fmt is None or (not packed and not path.is_dir()):
         return load_stock(folder, dtype, device)
     if packed or int_quantized.LAYOUT in str(quantization.get("format")):
         config.quantization_config = LowbitConfig.wrap(quantization)
         return _load_packed(folder, config, dtype, device)
     del config.quantization_config
-    return _load_dense(Path(folder), config, fmt, quantization, dtype).to(device)  # type: ignore
+    return _load_dense(path, config, fmt, quantization, dtype).to(device)  # type: ignore
 
 
 def _load_packed(
     folder: str | Path, config: Any, dtype: torch.dtype | str, device: str | torch.device
 ) -> PreTrainedModel:
     places = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+    name, at = _named(folder)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                name,
+                **at,
                 use_safetensors=True,
                 **NEVER_TRUSTED,
                 config=config,
@@ -86,7 +92,7 @@ def _load_packed(
                 **places,
             )
     except Exception as error:  # a file may hold anything
-        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
+        raise _refusal(folder, "can't be loaded", error) from error
     model, info = loaded
     if info["missing_keys"]:
         raise LowbitError(f"{folder} lacks {sorted(info['missing_keys'])[0]}: copy the checkpoint again")
@@ -115,7 +121,7 @@ def _load_dense(
     except LowbitError:
         raise
     except Exception as error:  # likewise
-        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
+        raise _refusal(folder, "can't be loaded", error) from error
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -127,13 +133,14 @@ def load_stock(
     Raises:
         LowbitError: transformers can't load it.
     """
+    name, at = _named(folder)
     try:
         with quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, **NEVER_TRUSTED, dtype=dtype, output_loading_info=True
+                name, **at, use_safetensors=True, **NEVER_TRUSTED, dtype=dtype, output_loading_info=True
             )
     except Exception as error:  # a file may hold anything
-        raise LowbitError(f"{folder} can't be loaded: {_reason(error)}") from error
+        raise _refusal(folder, "can't be loaded", error) from error
     return _complete(loaded, folder).eval().to(device)  # type: ignore[no-any-return]
 
 
@@ -152,15 +159,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         LowbitError: there is none that works.
     """
+    name, at = _named(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, **NEVER_TRUSTED)
+        return AutoTokenizer.from_pretrained(name, **at, **NEVER_TRUSTED)
     except Exception as error:  # a file may hold anything
-        raise LowbitError(f"{folder} has no usable tokenizer: {_reason(error)}") from error
+        raise _refusal(folder, "has no usable tokenizer", error) from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _refusal(folder: str | Path, what: str, error: Exception) -> LowbitError:
+    """What to raise where a library can't read a model: the first line of its error, or its name."""
+    if isinstance(error.__cause__, RevisionNotFoundError):
+        return no_revision(str(folder))
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return LowbitError(f"{folder} {what}: {reason}")
 
 
 def quantization_of(folder: str | Path) -> tuple[dict[str, Any], Format | None]:
@@ -242,16 +253,27 @@ def layers(folder: Path, fmt: Format) -> Iterator[tuple[str, dict[str, Tensor] |
                 yield module, {end: opened[file_of[part]].get_tensor(part) for end, part in parts.items()}
 
 
+def _named(folder: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` wants: a path or hub id, and apart from it the revision.
+
+    Raises:
+        LowbitError: as `places.check_source`.
+    """
+    check_source(str(folder), "a folder or a hub id (org/name)")
+    name, revision = split_revision(str(folder))
+    return os.path.expanduser(name), {} if revision is None else {"revision": revision}
+
+
 def _config(folder: str | Path) -> Any:
-    path = str(folder)
-    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise LowbitError(f"{folder} does not exist: give a folder or a hub id (org/name)")
+    name, at = _named(folder)
+    if Path(name).is_file():  # transformers would read all of it as a configuration
+        raise LowbitError(f"{folder} is a file: give a folder or a hub id (org/name)")
     try:
-        if (Path(folder) / "config.json").exists():
-            untrusted.check_config(Path(folder))
-        return AutoConfig.from_pretrained(folder, **NEVER_TRUSTED)
+        if (Path(name) / "config.json").exists():
+            untrusted.check_config(Path(name))
+        return AutoConfig.from_pretrained(name, **at, **NEVER_TRUSTED)
     except Exception as error:  # a file may hold anything
-        raise LowbitError(f"{folder} is no model: {_reason(error)}") from error
+        raise _refusal(folder, "is no model", error) from error
 
 
 def _quantization(config: Any) -> dict[str, Any]:

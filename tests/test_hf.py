@@ -151,3 +151,21 @@ def test_where_there_is_no_model(tmp_path: Path, load: Callable[[Path | str], ob
         load(target)
     assert "\n" not in str(caught.value)
     assert str(target) in str(caught.value)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for load in (hf.load, hf.quantization_of):
+        with pytest.raises(LowbitError, match=r"model\.gguf is a file: give a folder or a hub id"):
+            load(tmp_path / "model.gguf")
+
+
+def test_a_folder_at_home(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoints["gptq"], tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for packed in (True, False):
+        assert hf.load("~/model", packed=packed).config.model_type == "llama"
+    assert len(hf.load_tokenizer("~/model")) == len(hf.load_tokenizer(checkpoints["gptq"]))
