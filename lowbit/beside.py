@@ -37,13 +37,15 @@ def after_quantize(
         folder: Where its files are (not yet under their final name).
         done: What `quantize` did.
         model: What it was given: a hub id, a folder, a file.
-        source: The folder that was quantized, for the licence and languages in its card.
+        source: The folder that was quantized, for the licence and languages in its card, and for its commit
+            where it is the hub's cache's.
         quantized_by: Who publishes it.
         inputs: What its bytes depend on: options, versions, digests of model and text.
     """
     for name in (*DESCRIBING, SUMS):  # a run that ended in here had begun them
         (folder / name).unlink(missing_ok=True)
     kept = record.of_report(done, model, inspect(folder).parts, quantized_by)
+    kept["commit"] = record.commit_of(source)
     kept["source"] = card.source_metadata(source)
     kept["inputs"] = {
         name: record.public(v) if isinstance(v, str) else v for name, v in (inputs or {}).items()

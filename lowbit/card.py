@@ -57,6 +57,7 @@ def render(record: Mapping[str, Any]) -> str:
         repo=record.get("repo_id") or record["name"],
         model=record["model"],
         base_model=record["base_model"],
+        commit=record.get("commit"),  # older records lack it
         lowbit_version=record["run"]["versions"].get("lowbit"),
         facts=list(_facts(record)),
         requires=REQUIRES.get(quantization["format"]),

@@ -4,13 +4,14 @@
 model card (`card.py`) are drawn from it alone, so they can be drawn again. Plain data:
 
     {"lowbit_report": 1, "name": ..., "base_model": hub id or null, "quantized_by": ... or null,
+     "commit": the one that was read, where the model came from the hub, else null,
      "quantization": the fields of `Report` that describe the checkpoint, "run": of this run,
      "parts": what the files hold, by kind of module,
      "evaluations": [{"dataset", "seq_len", "reference", "result", "divergence", "run"}, ...],
      "tasks": [{"task", "metric", ..., "original", "limit", "fewshot", "run"}, ...]}
 
 where a row of "tasks" has the fields of `lowbit.tasks.TaskResult`, and the key is missing where no task was
-measured.
+measured. Records of older versions lack "commit".
 
 All of it may be published with the checkpoint, so local paths are cut to their last name.
 """
@@ -32,11 +33,13 @@ from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.hardware import peak_memory
+from lowbit.places import split_revision
 from lowbit.results import Report
 
 NAME = "lowbit_report.json"
 PACKAGES = ("lowbit", "torch", "transformers", "compressed-tensors", "triton", "lm_eval")
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+?)/snapshots/")
+SNAPSHOT = re.compile(r"models--[\w.-]+/snapshots/([0-9a-f]{40})$")
 
 
 def of_report(report: Report, model: str, parts: Sequence[Any], quantized_by: str | None) -> dict[str, Any]:
@@ -160,9 +163,9 @@ def public(text: str) -> str:
     if text.startswith("--") and "=" in text:
         option, _, value = text.partition("=")
         return f"{option}={public(value)}"
-    cached = hub_id(text)
+    cached = HUB_CACHE.search(text)
     if cached:
-        return cached
+        return f"{cached[1]}/{cached[2]}"
     path, _, rest = text.partition(":")
     if path.startswith(("/", "./", "../", "~")) or ("/" in path and Path(path).exists()):
         return Path(path).name + (f":{rest}" if rest else "")
@@ -170,16 +173,23 @@ def public(text: str) -> str:
 
 
 def hub_id(model: str) -> str | None:
-    """`org/name` of a model that comes from the hub (or from its cache); None for a local one.
+    """`org/name` of what comes from the hub (or from its cache), at any revision; None for what is local.
 
-    >>> hub_id("Qwen/Qwen3-8B"), hub_id("./Qwen3-8B")
-    ('Qwen/Qwen3-8B', None)
+    >>> hub_id("Qwen/Qwen3-8B"), hub_id("Qwen/Qwen3-8B@main"), hub_id("./Qwen3-8B")
+    ('Qwen/Qwen3-8B', 'Qwen/Qwen3-8B', None)
     """
     cached = HUB_CACHE.search(model)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
-    return model if named and not Path(model).exists() and not model.endswith(".gguf") else None
+    name, _ = split_revision(model)
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return name if named and not Path(name).exists() and not name.endswith(".gguf") else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder of the hub's cache holds; None for any other folder."""
+    found = SNAPSHOT.search(folder.as_posix())
+    return found[1] if found else None
 
 
 def _cpus() -> int:
