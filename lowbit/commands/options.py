@@ -26,7 +26,7 @@ def _there(model: str) -> str:
 Model = Annotated[
     str,
     typer.Argument(
-        help="Hub id, local folder, or .gguf file.",
+        help="Hub id (org/name or org/name@revision), local folder, or .gguf file.",
         show_default=False,
         callback=_there,
     ),
