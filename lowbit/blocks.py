@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit import pages, ranks, topology
+from lowbit import pages, ranks, reach, topology
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool
 from lowbit.pair import Pair
@@ -120,6 +120,8 @@ class BlockQuantizer:
         )
         notes = align(self.plan, [[matrix.module_name for matrix in group.matrices] for group in groups])
         idle = not any(self._members(group) for group in groups)  # all of the block is skipped
+        if self._calibrated and not idle:
+            reach.weigh(self.stream, number, self._probe, groups)
         rewritten = self._calibrated and (self._rounds_inputs or self.method in REWRITES) and not idle
         quantized: dict[Matrix, QuantizedWeight] = {}
         layers: list[Layer] = []

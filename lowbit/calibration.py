@@ -84,6 +84,7 @@ class Group:
         moment: The input's second moment.
         sample: Rows of it, where activations are rounded.
         drift: How far the two models are apart here; None where they were not compared.
+        weights: What the tokens of a row count for, float32 `[length]`; None: all for one.
         pooled: Is it known what the other ranks have seen?
     """
 
@@ -94,7 +95,19 @@ class Group:
         self.moment = Moment(x.shape[-1], x.device)
         self.sample = Sample(x.shape[-1], x.device)
         self.drift: Drift | None = None
+        self.weights: Tensor | None = None
         self.pooled = False
+
+    def add(self, x: Tensor) -> None:
+        """Take in what is read, `[rows, length, in]` or the same flat; an expert's tokens have no weights."""
+        self.moment.add(self._weighed(x))
+
+    def _weighed(self, x: Tensor) -> Tensor:
+        """`x` times the root of what each token counts for, in its own precision: damping is coarser."""
+        if self.weights is None:
+            return x
+        roots = self.weights.sqrt().to(x.dtype).unsqueeze(-1)
+        return (x.reshape(-1, len(roots), x.shape[-1]) * roots).view_as(x)
 
     def release(self) -> None:
         """Let everything go but the number of tokens."""
@@ -106,19 +119,19 @@ class Group:
 
         Experts of the two models may be given different tokens: then there is nothing to compare.
         """
-        self.moment.add(x)
+        self.add(x)
         if original is None or original.shape != x.shape or self.matrices[0].kind == "Expert":
             return
         if self.drift is None:
             self.drift = Drift(x.shape[-1], x.shape[-1], x.device)
-        self.drift.add(x, original.float() - x.float(), held_out)
+        self.drift.add(self._weighed(x), self._weighed(original.float() - x.float()), held_out)
 
     def lacks(self, x: Tensor, gap: Tensor, held_out: bool) -> None:
         """Take in what is read here, and what the output of the only matrix lacks for the same tokens."""
-        self.moment.add(x)
+        self.add(x)
         if self.drift is None:
             self.drift = Drift(gap.shape[-1], x.shape[-1], x.device, of_outputs=True)
-        self.drift.add(x, gap, held_out)
+        self.drift.add(self._weighed(x), self._weighed(gap), held_out)
 
     def seen(self) -> Seen:
         """What the other ranks must know before they `pool`."""
@@ -205,7 +218,7 @@ def observe(groups: Sequence[Group], sampled_rows: int = 0) -> Iterator[None]:
 
     def seen(matrix: Matrix | None, weight: Tensor, x: Tensor) -> None:
         if matrix in group_of and x.numel():
-            group_of[matrix].moment.add(x)
+            group_of[matrix].add(x)
             if sampled_rows:
                 group_of[matrix].sample.add(x, sampled_rows)
 

@@ -126,7 +126,7 @@ class Pair:
         if done + 1 not in self.writers:
             for other in (group for stage in stages[1:2] for group in stage):
                 if other.matrices[0] in seen:
-                    other.moment.add(seen[other.matrices[0]])
+                    other.add(seen[other.matrices[0]])
         if cut or len(stages) == 1:  # nothing was silent: it is the original's output
             self._stream.hidden[self.twin(batch)] = wanted
         if cut and cut.direct and not self._stream.hidden.is_limited:
