@@ -2,10 +2,11 @@
 
     python scripts/ablation.py MODEL --group-size 64 --calibration train.txt --text test.txt:16 other.txt:8
 
-Every step keeps what the steps before it brought, except where its name says otherwise. A run is a process of
-its own, with one seed; all checkpoints of a text are measured against one pass of the original. A figure is
-the mean over seeds, ± the standard error of that mean: what another draw of calibration rows would change.
-Results are appended to `--results` as JSON lines, and a run that is there already is not repeated.
+Every step keeps what the steps before it brought, except where its name says otherwise: the corrected ones
+begin with tokens that count alike. A run is a process of its own, with one seed; all checkpoints of a text
+are measured against one pass of the original. A figure is the mean over seeds, ± the standard error of that
+mean: what another draw of calibration rows would change. Results are appended to `--results` as JSON lines,
+and a run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -37,27 +38,36 @@ def plain_gptq(**changes: Any) -> SimpleNamespace:
 
 WHOLE = {"trust": 1.0, "damp": 0.03}  # the calibration text believed as it is
 
+# `even`: all tokens of a row count alike.
 STEPS: dict[str, dict[str, Any]] = {
     "round to nearest, min-max": {"effort": "fast"},
-    "GPTQ, columns in order": {"without": {**WHOLE, "act_order": False, "shrinks": (), "rounds": 0}},
-    "+ large inputs first, groups static": {"without": {**WHOLE, "shrinks": (), "rounds": 0}},
-    "+ ranges chosen by the residual of LDLᵀ": {"without": {**WHOLE, "rounds": 0}},
-    "+ less trust in the calibration text": {"without": {"rounds": 0}},
-    "+ codes and scales gone over again (`--method gptq`)": {"method": "gptq"},
-    "corrected for the layers before, gone over once": {"method": "qronos", "without": {"rounds": 0}},
-    "+ codes and scales gone over again (`balanced`)": {"effort": "balanced"},
+    "GPTQ, columns in order": {
+        "without": {**WHOLE, "act_order": False, "shrinks": (), "rounds": 0}, "even": True,
+    },
+    "+ large inputs first, groups static": {"without": {**WHOLE, "shrinks": (), "rounds": 0}, "even": True},
+    "+ ranges chosen by the residual of LDLᵀ": {"without": {**WHOLE, "rounds": 0}, "even": True},
+    "+ less trust in the calibration text": {"without": {"rounds": 0}, "even": True},
+    "+ codes and scales gone over again": {"method": "gptq", "even": True},
+    "+ tokens weighed by their place (`--method gptq`)": {"method": "gptq"},
+    "corrected for the layers before, gone over once": {
+        "method": "qronos", "without": {"rounds": 0}, "even": True,
+    },
+    "corrected for the layers before, gone over again": {"method": "qronos", "even": True},
+    "+ tokens weighed by their place (`balanced`)": {"effort": "balanced"},
     "+ scales and norms trained (`high`)": {"effort": "high"},
     "+ on more rows, twice (`max`)": {"effort": "max"},
-}
+}  # fmt: skip
 
 
 def quantize_once(options: argparse.Namespace) -> None:
     """The child process: one step with one seed; prints its CPU seconds."""
     import lowbit
-    from lowbit import QuantScheme
+    from lowbit import QuantScheme, reach
     from lowbit.algorithms import ALGORITHMS
 
     step = dict(STEPS[options.step])
+    if step.pop("even", False):
+        reach.weigh = lambda *_: None
     if "without" in step:
         step.setdefault("method", "gptq-in-part")
         ALGORITHMS[step["method"]] = plain_gptq(**step.pop("without"))
@@ -92,18 +102,23 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A table for each model and scheme, steps in order."""
+    """A table for each model, scheme and working precision, steps in order."""
     unknown = {run["step"] for run in results} - set(STEPS)
     if unknown:
         sys.exit(f"recorded, but no step of today: {sorted(unknown)}; drop or rename these lines")
     blocks = []
-    for model, scheme in dict.fromkeys((r["model"], r["scheme"]) for r in results):
-        chosen = [r for r in results if (r["model"], r["scheme"]) == (model, scheme)]
+
+    def kind(run: dict[str, Any]) -> tuple[str, str, str]:
+        return run["model"], run["scheme"], run["settings"]["dtype"].removeprefix("torch.")
+
+    for model, scheme, dtype in dict.fromkeys(map(kind, results)):
+        chosen = [r for r in results if kind(r) == (model, scheme, dtype)]
         texts = list(chosen[0]["texts"])
         heads = [f"KL, {text} | ratio" for text in texts]
         count, used = len({run["seed"] for run in chosen}), chosen[0]["settings"]
         seeds = "1 seed" if count == 1 else f"{count} seeds"
-        lines = [f"**{model}, {scheme}, {used['samples']} x {used['seq_len']} tokens, {seeds}**", "",
+        rows = f"{used['samples']} x {used['seq_len']} tokens"
+        lines = [f"**{model}, {scheme}, {rows}, {seeds}, in {dtype}**", "",
                  f"| step | {' | '.join(heads)} | CPU s |", "|---" * (2 + 2 * len(texts)) + "|"]  # fmt: skip
         for step in STEPS:
             runs = [r for r in chosen if r["step"] == step]

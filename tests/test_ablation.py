@@ -27,10 +27,11 @@ def ablation() -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
-def run(step: str, seed: int, kl: float) -> dict[str, Any]:
+def run(step: str, seed: int, kl: float, dtype: str = "torch.float32") -> dict[str, Any]:
     return {
         "model": "m", "scheme": "w4g64", "step": step, "seed": seed, "cpu_seconds": 10.0 * (seed + 1),
-        "settings": {"samples": 32, "seq_len": 512}, "texts": {"wiki": {"kl": kl, "perplexity_ratio": 1.1}},
+        "settings": {"samples": 32, "seq_len": 512, "dtype": dtype},
+        "texts": {"wiki": {"kl": kl, "perplexity_ratio": 1.1}},
     }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error(ablation: ModuleTy
     first, second = list(ablation.STEPS)[:2]
     table = ablation.table([run(second, 0, 0.1), run(first, 0, 0.3), run(second, 1, 0.2)])
     title, _, _, _, *rows = table.splitlines()
-    assert title == "**m, w4g64, 32 x 512 tokens, 2 seeds**"
+    assert title == "**m, w4g64, 32 x 512 tokens, 2 seeds, in float32**"
     assert rows == [
         f"| {first} | 0.3000 | 1.100 | 10 |",
         f"| {second} | 0.1500 ± 0.0500 | 1.100 ± 0.000 | 15 |",  # sd 0.0707 over the root of 2
@@ -47,7 +48,16 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error(ablation: ModuleTy
 
 def test_one_seed_is_one(ablation: ModuleType) -> None:
     title = ablation.table([run(next(iter(ablation.STEPS)), 5, 0.1)]).splitlines()[0]
-    assert title == "**m, w4g64, 32 x 512 tokens, 1 seed**"
+    assert title == "**m, w4g64, 32 x 512 tokens, 1 seed, in float32**"
+
+
+def test_precisions_are_not_mixed(ablation: ModuleType) -> None:
+    first = next(iter(ablation.STEPS))
+    table = ablation.table([run(first, 0, 0.1), run(first, 1, 0.2, "torch.bfloat16")])
+    assert [line[-13:] for line in table.splitlines() if line.startswith("**")] == [
+        " in float32**",
+        "in bfloat16**",
+    ]
 
 
 def test_a_record_of_no_step_is_refused(ablation: ModuleType) -> None:

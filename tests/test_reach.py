@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,20 @@ def test_what_a_writer_lacks_is_weighed_as_its_input_is() -> None:
     assert group.drift is not None
     wanted = torch.einsum("rto,rti,t->oi", gap.view(2, 3, 5), x, group.weights)
     assert torch.allclose(group.drift.total, wanted, atol=1e-5)
+
+
+def test_the_table_of_places(
+    tiny_model: Folders, text_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    script = importlib.import_module("token_places")
+    share, *means = script.by_place(torch.tensor([[6.0, 3.0, 1.0, 1.0, 1.0]]), (1, 2, 5))
+    assert (share, means) == (0.5, [2.0, pytest.approx(2 / 3)])
+    words = ["--calibration", text_file, "--samples", "2", "--seq-len", "16"]
+    monkeypatch.setattr(sys, "argv", ["token_places.py", str(tiny_model("llama")), *words])
+    script.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| matrices | share of the first | 2 to 2 | 3 to 5 | 6 to 11 | 12 to 16 |"
+    found = {row.split(" | ")[0][2:]: float(row.split(" | ")[1]) for row in rows}
+    assert list(found) == list(script.MATRICES)
+    assert found["q"] == 0 < found["v"] < 1  # a softmax over a single key has no slope
