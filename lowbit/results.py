@@ -20,7 +20,7 @@ class Layer:
         shape: `(out, in)`.
         scheme: Its grid.
         error: Squared error relative to the squared norm: of the output on the calibration data
-            where there is some, else of the weight.
+            where there is some (its tokens as they count: `reach.py`), else of the weight.
         note: Empty unless something fell back.
         corrected: Of what would make up for the layers before, how much was put into the weight that was
             rounded, 0 ... 1: what held-out tokens confirmed; None where nothing was to be made up for.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit import QuantScheme, hf
+from lowbit import QuantScheme, hf, reach
 from lowbit.algorithms import REWRITES, awq
 from lowbit.calibration import STARVED
 from lowbit.dataset import evaluation_windows
@@ -120,7 +120,7 @@ def test_the_reported_error_is_that_of_the_weight(
 def test_the_reported_error_is_that_of_the_output(
     quantize: Callable[..., Report], tiny_model: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first layer, whose inputs are the original's, over all of several batches."""
+    """Of the first layer, whose inputs are the original's, over several batches; tokens as they count."""
     monkeypatch.setattr("lowbit.batches.TOKENS_PER_BATCH", 200)
     report = quantize(tiny_model("llama"), method="gptq", samples=1000)
     rows = make_rows(tiny_model("llama"), report)
@@ -130,7 +130,7 @@ def test_the_reported_error_is_that_of_the_output(
     before.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
     with torch.no_grad():
         before(input_ids=rows)
-    x = inputs[0].flatten(0, 1)
+    x = (inputs[0] * reach.places(rows.shape[1]).sqrt()[:, None]).flatten(0, 1)
     for name in ("q_proj", "k_proj", "v_proj"):
         full = f"model.layers.0.self_attn.{name}"
         old, new = before.get_submodule(full).weight, after.get_submodule(full).weight
