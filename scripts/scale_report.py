@@ -46,8 +46,9 @@ HEADER = """| model | method | calibration | peak GB | over imports | seconds | 
 RANKS_HEADER = """| model | method | ranks | seconds | of the first | CPU s by rank | MB sent per block |
 |---|---|---|---|---|---|---|"""
 IMPORTS = """
-import resource, datasets, compressed_tensors, lowbit.pipeline
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+import datasets, compressed_tensors, lowbit.pipeline
+from lowbit.hardware import peak_memory
+print(peak_memory())
 """
 
 
