@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on(
 ) -> None:
     command = [sys.executable, "-m", "lowbit", "quantize", MODEL, "--output", str(tmp_path / "out"),
                "--drop-source", "--method", "gptq", "--group-size", "32", "--dataset", text_file,
-               "--samples", "4", "--seq-len", "48", "--json"]  # fmt: skip
+               "--samples", "4", "--seq-len", "48", "--dtype", "float32", "--json"]  # fmt: skip
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -213,7 +213,8 @@ def test_a_killed_run_goes_on(
     assert again.returncode == 0, err
     assert "downloaded" in " ".join(json.loads(out)["notes"])
     pipeline.quantize(str(hub_models("blocks")), QuantScheme(4, 32), output=tmp_path / "local", method="gptq",
-                      dataset=text_file, samples=4, seq_len=48, auto_group=False)  # fmt: skip
+                      dataset=text_file, samples=4, seq_len=48, dtype="float32",
+                      auto_group=False)  # fmt: skip
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "local")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "out"]
 
