@@ -119,19 +119,21 @@ class Group:
 
         Experts of the two models may be given different tokens: then there is nothing to compare.
         """
-        self.add(x)
+        weighed = self._weighed(x)
+        self.moment.add(weighed)
         if original is None or original.shape != x.shape or self.matrices[0].kind == "Expert":
             return
         if self.drift is None:
             self.drift = Drift(x.shape[-1], x.shape[-1], x.device)
-        self.drift.add(self._weighed(x), self._weighed(original.float() - x.float()), held_out)
+        self.drift.add(weighed, self._weighed(original.float() - x.float()), held_out)
 
     def lacks(self, x: Tensor, gap: Tensor, held_out: bool) -> None:
         """Take in what is read here, and what the output of the only matrix lacks for the same tokens."""
-        self.add(x)
+        weighed = self._weighed(x)
+        self.moment.add(weighed)
         if self.drift is None:
             self.drift = Drift(gap.shape[-1], x.shape[-1], x.device, of_outputs=True)
-        self.drift.add(self._weighed(x), self._weighed(gap), held_out)
+        self.drift.add(weighed, self._weighed(gap), held_out)
 
     def seen(self) -> Seen:
         """What the other ranks must know before they `pool`."""

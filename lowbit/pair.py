@@ -55,7 +55,7 @@ class Pair:
         first = min(self.writers, default=len(self.stages))
         last = first >= len(self.stages) - 1
         self._cut = None if last else find_halves(stream, block, probe, self.stages, first)
-        self.uncut = self._cut is None and 1 < len(self.stages) != first + 1
+        self.uncut = self._cut is None and len(self.stages) > 1 and first + 1 != len(self.stages)
         self._inputs: dict[int, Tensor] = {}
         self._behind = ExitStack()
 

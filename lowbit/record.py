@@ -163,9 +163,9 @@ def public(text: str) -> str:
     if text.startswith("--") and "=" in text:
         option, _, value = text.partition("=")
         return f"{option}={public(value)}"
-    cached = HUB_CACHE.search(text)
+    cached = _cached(text)
     if cached:
-        return f"{cached[1]}/{cached[2]}"
+        return cached
     path, _, rest = text.partition(":")
     if path.startswith(("/", "./", "../", "~")) or ("/" in path and Path(path).exists()):
         return Path(path).name + (f":{rest}" if rest else "")
@@ -178,12 +178,18 @@ def hub_id(model: str) -> str | None:
     >>> hub_id("Qwen/Qwen3-8B"), hub_id("Qwen/Qwen3-8B@main"), hub_id("./Qwen3-8B")
     ('Qwen/Qwen3-8B', 'Qwen/Qwen3-8B', None)
     """
-    cached = HUB_CACHE.search(model)
+    cached = _cached(model)
     if cached:
-        return f"{cached[1]}/{cached[2]}"
+        return cached
     name, _ = split_revision(model)
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     return name if named and not Path(name).exists() and not name.endswith(".gguf") else None
+
+
+def _cached(path: str) -> str | None:
+    """`org/name` of a path into the hub's cache."""
+    found = HUB_CACHE.search(path)
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def commit_of(folder: Path) -> str | None:
