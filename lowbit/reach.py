@@ -64,7 +64,8 @@ def places(length: int) -> Tensor:
 def _is_read(stream: Stream, block: int, batch: int, group: Group, usual: Tensor) -> bool:
     """Does the last token read what any matrix of a group makes of the first?
 
-    What short convolutions make of it, it does not read.
+    What short convolutions make of it, it does not read. Matrices that see some of the tokens (a pooled
+    row, an expert's share) have no places to go by.
     """
     rows, length = stream.batches[batch].shape
     changed = partial(_changed, rows=rows, length=length)
@@ -78,8 +79,10 @@ def _is_read(stream: Stream, block: int, batch: int, group: Group, usual: Tensor
 
 
 def _changed(output: Tensor, rows: int, length: int) -> Tensor:
-    """Loud random numbers in place of an output's first token in every row."""
-    by_row = output.clone().view(rows, length, -1)
+    """Loud random numbers in place of an output's first token in every row, if it has all tokens."""
+    if output.numel() != rows * length * output.shape[-1]:
+        return output
+    by_row = output.reshape(rows, length, -1).clone()
     noise = torch.randn(by_row[:, 0].shape, generator=torch.Generator().manual_seed(0))
     size = LOUDNESS * by_row.float().square().mean().sqrt()
     by_row[:, 0] = (noise.to(by_row.device) * size).to(by_row.dtype)

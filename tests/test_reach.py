@@ -97,6 +97,18 @@ def test_a_weighed_moment_is_the_weighed_mean(family: str, tiny_model: Folders) 
     assert len({group.weights is None for group in groups}) == 2
 
 
+def test_an_output_of_other_tokens_has_no_places() -> None:
+    """A matrix over pooled tokens: nothing is put in its output's place, so nothing seems to read it."""
+    for output in (torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(40, 4)):
+        assert torch.equal(reach._changed(output, 2, 10), output)
+    for output in (torch.randn(2, 10, 4), torch.randn(20, 4), torch.randn(10, 2, 4).transpose(0, 1)):
+        found = reach._changed(output, 2, 10)
+        assert found.shape == output.shape
+        changed = (found != output).view(2, 10, 4).any(-1)
+        assert changed[:, 0].all()
+        assert not changed[:, 1:].any()
+
+
 def test_what_a_writer_lacks_is_weighed_as_its_input_is() -> None:
     """Least squares on weighed tokens: inputs and gaps must be weighed alike."""
     x, gap = torch.randn(2, 3, 4), torch.randn(6, 5)
