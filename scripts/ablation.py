@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from compare_peers import evaluate
+from compare_peers import evaluate, settings_of
 from peer_table import between_markers
 
 MARKERS = ("<!-- ablation: begin -->\n", "<!-- ablation: end -->")
@@ -109,7 +109,7 @@ def table(results: list[dict[str, Any]]) -> str:
     blocks = []
 
     def kind(run: dict[str, Any]) -> tuple[str, str, str]:
-        return run["model"], run["scheme"], run["settings"]["dtype"].removeprefix("torch.")
+        return run["model"], run["scheme"], run["settings"]["dtype"]
 
     for model, scheme, dtype in dict.fromkeys(map(kind, results)):
         chosen = [r for r in results if kind(r) == (model, scheme, dtype)]
@@ -158,16 +158,8 @@ def main() -> None:
         return
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
-    names = ("calibration", "samples", "seq_len", "text", "eval_seq_len", "bits", "group_size", "asymmetric")
-    settings = {name: getattr(options, name) for name in names}
-    if options.model:
-        import torch
-
-        from lowbit.hardware import find_dtype
-
-        settings["calibration"] = Path(options.calibration).name  # wherever it is, the run is the same
-        settings["text"] = [Path(text).name for text in options.text]
-        settings["dtype"] = str(find_dtype("auto", torch.device("cpu")))  # which the CPU decides
+    names = ("samples", "seq_len", "eval_seq_len", "bits", "group_size", "asymmetric")
+    settings = settings_of(options, *names) if options.model else {}
     for seed in options.seeds if options.model else []:
         for step in [list(STEPS)[number] for number in options.steps]:
             key = {"model": Path(options.model).name, "step": step, "seed": seed, "settings": settings}

@@ -9,7 +9,8 @@ bfloat16, which is compared with MODEL as `lowbit compare` does it. lowbit's own
 quantize with the same tokens and are evaluated from their packed checkpoint.
 
 A CPU that emulates bfloat16 (lowbit then works in float32, and AutoRound does) hands every peer a float32
-copy of MODEL: in bfloat16 a peer would spend its seconds on the emulation.
+copy of MODEL: in bfloat16 a peer would spend its seconds on the emulation. A peer's scales are float32 then,
+and counted as the 16 bits that they take in a checkpoint of MODEL itself.
 
 CPU seconds run from reading the model to its quantized weights; a run on a model of one block comes
 first, so that what a peer compiles once is not counted. Results are appended to `--results` as JSON
@@ -168,6 +169,15 @@ def working_dtype() -> str:
     return str(find_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 
 
+def settings_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What results are known by: these options, the texts by name (wherever they lie), and the precision."""
+    return {name: getattr(options, name) for name in names} | {
+        "calibration": Path(options.calibration).name,
+        "text": [Path(text).name for text in options.text],
+        "dtype": working_dtype(),
+    }
+
+
 def in_float32(model: Path, folder: Path) -> Path:
     """A copy of a model folder in `folder` whose weights are float32."""
     from safetensors.torch import load_file, save_file
@@ -306,13 +316,7 @@ def main() -> None:
     options = parser.parse_args()
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
-    names = ("samples", "seq_len", "seed", "eval_seq_len")
-    settings = {name: getattr(options, name) for name in names}
-    if options.model:  # else torch is not asked which precision this machine would work in
-        settings |= {
-            "calibration": Path(options.calibration or "").name,  # by name: a result moves with the project
-            "text": [Path(text).name for text in options.text or []], "dtype": working_dtype(),
-        }  # fmt: skip
+    settings = settings_of(options, "samples", "seq_len", "seed", "eval_seq_len") if options.model else {}
     failed = []
     for run in RUNS if options.model else []:
         key = {"model": Path(options.model).name, **run._asdict(), "settings": settings}

@@ -27,7 +27,7 @@ def ablation() -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
-def run(step: str, seed: int, kl: float, dtype: str = "torch.float32") -> dict[str, Any]:
+def run(step: str, seed: int, kl: float, dtype: str = "float32") -> dict[str, Any]:
     return {
         "model": "m", "scheme": "w4g64", "step": step, "seed": seed, "cpu_seconds": 10.0 * (seed + 1),
         "settings": {"samples": 32, "seq_len": 512, "dtype": dtype},
@@ -53,7 +53,7 @@ def test_one_seed_is_one(ablation: ModuleType) -> None:
 
 def test_precisions_are_not_mixed(ablation: ModuleType) -> None:
     first = next(iter(ablation.STEPS))
-    table = ablation.table([run(first, 0, 0.1), run(first, 1, 0.2, "torch.bfloat16")])
+    table = ablation.table([run(first, 0, 0.1), run(first, 1, 0.2, "bfloat16")])
     assert [line[-13:] for line in table.splitlines() if line.startswith("**")] == [
         " in float32**",
         "in bfloat16**",
