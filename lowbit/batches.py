@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowbit import dataset, hf, sampling
+from lowbit import hf, passages, sampling
 from lowbit.algorithms import ALGORITHMS
 from lowbit.blocks import Progress
+from lowbit.dataset import characters_for, pack_tokens, read_documents
+from lowbit.effort import PASSAGES
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet
 from lowbit.results import Report
@@ -26,15 +28,18 @@ def find_batches(
     source: Source,
     report: Report,
     method: str,
-    spec: str | None,
+    dataset: str | None,
     samples: int,
     seq_len: int,
     seed: int,
     progress: Progress,
     training_samples: int = 0,
     at_once: int | None = None,
+    mix: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The data of a run, in batches of `at_once` tokens; where that is None, memory is not limited.
+
+    With `mix`, a share of the calibration rows is replaced by rows of the passages.
 
     Returns:
         Calibration batches, then one short text that serves to verify the result; and rows for
@@ -54,32 +59,14 @@ def find_batches(
         raise LowbitError(
             f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that"
         )
-    tokens = None
-    if spec is None:
-        try:
-            tokens = _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
-            spec = DEFAULT_DATASET
-        except LowbitError:
-            if at_once is not None or not source.whole:
-                raise
-            report.notes.append(
-                f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"
-            )
-            spec = "self"
-    if spec == "self":
-        with quiet():
-            whole = hf.load_stock(source.folder, source.dtype)
-        tokens = sampling.sample_from_model(
-            whole, tokenizer, samples, seq_len, seed, lambda n, of: progress("sample", n, of, "writing text")
-        )
-        del whole
-    elif tokens is None:
-        tokens = _read_tokens(spec, tokenizer, samples, seq_len, seed)
-    assert tokens is not None
-    if len(tokens) < samples:
+    spec, tokens = _draw(source, report, tokenizer, dataset, samples, seq_len, seed, progress, at_once)
+    if len(tokens) < samples and spec != PASSAGES:  # all of it was asked for
         report.notes.append(f"{spec} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
-    rounding = tokens[: wanted if calibrated else 0]
+    rounding, mixed = tokens[: wanted if calibrated else 0], 0
+    if mix and spec != PASSAGES:
+        rounding, mixed = passages.mixed(rounding, tokenizer, seed)
     report.calibration = f"{spec}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {seed}"
+    report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
     # Eight batches or more where that can be had: one of them is held out by a method that corrects.
     per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // 8))
     batches = [*rounding.split(per_batch), probe] if calibrated else [probe]
@@ -92,8 +79,41 @@ def find_batches(
     return batches, training
 
 
+def _draw(
+    source: Source,
+    report: Report,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    progress: Progress,
+    at_once: int | None,
+) -> tuple[str, Tensor]:
+    """Which text it is in the end, and its rows."""
+    if spec is None:
+        try:
+            return DEFAULT_DATASET, _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
+        except LowbitError:
+            if at_once is not None or not source.whole:
+                raise
+            report.notes.append(
+                f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"
+            )
+            spec = "self"
+    if spec != "self":
+        return spec, _read_tokens(spec, tokenizer, samples, seq_len, seed)
+    with quiet():
+        whole = hf.load_stock(source.folder, source.dtype)
+    return spec, sampling.sample_from_model(
+        whole, tokenizer, samples, seq_len, seed, lambda n, of: progress("sample", n, of, "writing text")
+    )
+
+
 def _read_tokens(
     spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
 ) -> Tensor:
-    documents = dataset.read_documents(spec, max_characters=dataset.characters_for(samples, seq_len))
-    return dataset.pack_tokens(documents, tokenizer, samples, seq_len, seed)
+    if spec == PASSAGES:
+        return passages.read_tokens(tokenizer, samples, seq_len, seed)
+    documents = read_documents(spec, max_characters=characters_for(samples, seq_len))
+    return pack_tokens(documents, tokenizer, samples, seq_len, seed)

@@ -55,8 +55,6 @@ def keep_to(
     source: Source,
     plan: Plan,
     method: str,
-    dataset: str | None,
-    samples: int,
     seq_len: int,
     dial: Effort,
     kept: Mapping[str, int | None] | None = None,
@@ -73,12 +71,12 @@ def keep_to(
     if dial.training:
         mend = "leave out --method qat" if dial.weights else "use --effort balanced"
         raise LowbitError(f"--max-memory: training holds the whole model in memory: {mend}")
-    if dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
+    if dial.dataset == "self" and ALGORITHMS[method].NEEDS_HESSIAN:
         raise LowbitError("--max-memory: writing text takes the whole model in memory: give --dataset")
     pages.return_large()
     if kept:
         return Budget(**kept)
-    return find_budget(source, plan, method, samples, seq_len, limit, used_memory())
+    return find_budget(source, plan, method, dial.samples, seq_len, limit, used_memory())
 
 
 def find_budget(

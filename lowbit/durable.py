@@ -48,7 +48,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a file by this JSON, atomically."""
     new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, separators=(",", ":"))
+        file.write(json.dumps(content, ensure_ascii=False, separators=(",", ":")))  # in C; dump is not
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

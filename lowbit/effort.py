@@ -15,6 +15,8 @@ class Effort(NamedTuple):
 
     Attributes:
         method: Key of `algorithms.ALGORITHMS`.
+        samples: Calibration rows, where nobody asks for another number.
+        dataset: Calibration text, where nobody names another; None: a public data set.
         epochs: How often the training data is seen.
         training: Training data, in multiples of the calibration data; 0: none, and no training.
         weights: Train the weights as well as scales and norms.
@@ -22,6 +24,8 @@ class Effort(NamedTuple):
     """
 
     method: str
+    samples: int = 128
+    dataset: str | None = None
     epochs: int = 0
     training: int = 0
     weights: bool = False
@@ -29,10 +33,12 @@ class Effort(NamedTuple):
 
 
 DEFAULT = "balanced"
+PASSAGES = "passages"
+"""The text that comes with lowbit."""
 QAT = "qat"
 LOSSES = ("original", "data")
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort("rtn"),
+    "fast": Effort("quick", samples=8, dataset=PASSAGES),
     "balanced": Effort("qronos"),
     "high": Effort("qronos", epochs=1, training=1),
     "max": Effort("qronos", epochs=2, training=3),

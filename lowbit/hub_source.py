@@ -36,7 +36,6 @@ def check(
     keep_source: bool,
     model: str | Path | PreTrainedModel,
     dial: Effort,
-    dataset: str | None,
     within: Target | None,
 ) -> None:
     """Refuse to drop a source that is needed all at once, or is no copy of a hub's.
@@ -55,7 +54,7 @@ def check(
     if dial.training:
         how = "leave out --method qat" if dial.weights else "use --effort balanced"
         raise LowbitError(f"{OPTION}: training reads the whole original: {how}, or {keep}")
-    if dataset == "self":
+    if dial.dataset == "self":
         raise LowbitError(f"{OPTION}: --dataset self loads the whole model: give a text, or {keep}")
     if within:
         raise LowbitError(f"{OPTION}: {within.option} reads the model three times: give --bits, or {keep}")

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 _MAPS = Path("/proc/self/smaps")
+_SHOWS_FILE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*\.safetensors$", re.MULTILINE)
+_COPIED = re.compile(r"^Anonymous: +(\d+) kB$", re.MULTILINE)  # a line of every mapping
 _DONT_NEED = 4
 _MMAP_THRESHOLD = -3
 
@@ -78,16 +81,12 @@ def return_large() -> None:
 def _untouched_files() -> list[tuple[int, int]]:
     """Address ranges of this process that show a safetensors file, every page as it is on disk."""
     try:
-        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+        maps = _MAPS.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     ranges: list[tuple[int, int]] = []
-    current = None
-    for line in lines:
-        head, _, rest = line.partition(" ")
-        if not head.endswith(":"):  # `7f00-7f01 rw-p offset device inode path` starts a mapping
-            current = head if line.endswith(".safetensors") else None
-        elif current and head == "Anonymous:" and rest.split()[0] == "0":  # no page was copied on write
-            start, _, stop = current.partition("-")
-            ranges.append((int(start, 16), int(stop, 16)))
+    for found in _SHOWS_FILE.finditer(maps):
+        copied = _COPIED.search(maps, found.end())
+        if copied and int(copied[1]) == 0:  # no page was copied on write
+            ranges.append((int(found[1], 16), int(found[2], 16)))
     return ranges

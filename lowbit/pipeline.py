@@ -24,7 +24,7 @@ from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.batches import find_batches
 from lowbit.blocks import Progress
-from lowbit.budget import Budget, keep_to
+from lowbit.budget import keep_to
 from lowbit.effort import EFFORTS, LOSSES, QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
@@ -50,9 +50,10 @@ def quantize(
     loss: str = "original",
     format: str = "compressed-tensors",
     dataset: str | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     seq_len: int = 512,
     seed: int = 0,
+    mix: bool = True,
     skip: Sequence[str] = (),
     head_bits: int | None = None,
     auto_group: bool = False,
@@ -78,17 +79,20 @@ def quantize(
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
         effort: `fast`, `balanced`, `high` or `max`: how much work goes into the model.
-        method: `rtn`, `gptq`, `awq` or `qronos`; None takes the effort's own. `qat` trains what that
+        method: `rtn`, `quick`, `gptq`, `awq` or `qronos`; None takes the effort's own. `qat` trains what that
             one rounds, see `lowbit.qat`.
         epochs: How often training sees its data; None takes the effort's own.
         loss: `data` lets `qat` learn the text itself instead of the original's predictions.
         format: `compressed-tensors`, `gptq` or `awq`.
         dataset: Calibration text: a hub id (`org/name:config`), a `.txt`, `.jsonl` or `.parquet`
-            file, or `self` to sample it from the model. None takes a public data set, or `self`
-            where the hub can't be reached (the report says so).
-        samples: Calibration sequences.
+            file, `self` to sample it from the model, or `passages`, some pages that come with lowbit. None
+            takes those with `fast`, and else a public data set, or `self` where the hub can't be reached
+            (the report says so).
+        samples: Calibration sequences; None: 8 with `fast`, and else 128.
         seq_len: Tokens of each.
         seed: Seed of everything random.
+        mix: Take one calibration row in five from the passages, so that other text than `dataset` does
+            not suffer.
         skip: Patterns of modules to leave in full precision (`*.down_proj`).
         head_bits: Also quantize the output head, to this many bits.
         auto_group: Let the model decide the group size.
@@ -122,8 +126,8 @@ def quantize(
     >>> report.scheme, report.verification.loader
     ('w4g32', 'stock transformers')
     """
-    dial, method = _choose(effort, method, format, scheme, epochs, loss)
-    hub_source.check(keep_source, model, dial, dataset, within)
+    dial, method = _choose(effort, method, format, scheme, epochs, loss, dataset, samples)
+    hub_source.check(keep_source, model, dial, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
@@ -136,17 +140,16 @@ def quantize(
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         work.check(ranks.alike("setting", _inputs(opened, plan, where, dial, schemes, skip, effort=effort,
-            method=method, format=format, dataset=dataset, samples=samples, head_bits=head_bits, seed=seed,
-            seq_len=seq_len, max_shard_size=shard_bytes, max_memory=max_memory, within=within)))  # fmt: skip
+            method=method, format=format, head_bits=head_bits, within=within, seq_len=seq_len, seed=seed,
+            mix=mix, max_shard_size=shard_bytes, max_memory=max_memory)))  # fmt: skip
         if work.facts:
             report = Report.of_json(work.facts["report"])
             told("resume", 1, 1, f"going on from {work.folder}")
         elif ranks.is_first():
             require_room(opened, plan, within, target.parent)
-        kept = work.facts.get("budget")
-        budget = keep_to(max_memory, opened, plan, method, dataset, samples, seq_len, dial, kept)
-        batches, rows = _data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
-        planning.spend_once(within, work, opened, plan, report, batches, dataset, seed, where, told)
+        budget = keep_to(max_memory, opened, plan, method, seq_len, dial, work.facts.get("budget"))
+        batches, rows = _data(work, opened, report, told, dial, budget.tokens, seq_len, seed, mix)
+        planning.spend_once(within, work, opened, plan, report, batches, dial.dataset, seed, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
         return ranks.first_does(lambda: _finish(
@@ -189,11 +192,13 @@ def _inputs(
     return {
         **options,
         "within": repr(options["within"]),
+        "dataset": dial.dataset,
+        "samples": dial.samples,
         "skip": list(skip),
         "scheme": str(plan.scheme),
         "schemes": {at: str(scheme) for at, scheme in (schemes or {}).items()},
         "model": opened.identity(),
-        "text": identity.of_text(options["dataset"]),
+        "text": identity.of_text(dial.dataset),
         "epochs": dial.epochs,
         "weights": dial.weights,
         "loss": dial.loss,
@@ -204,35 +209,23 @@ def _inputs(
 
 
 def _data(
-    work: Work,
-    opened: Source,
-    report: Report,
-    dataset: str | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    told: Progress,
-    dial: Effort,
-    budget: Budget,
+    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, *rest: Any
 ) -> tuple[list[Tensor], Tensor | None]:
-    """`find_batches`, or what a run that was interrupted had found."""
+    """`find_batches`, or what a run that was interrupted had found; by the first rank, for all."""
     _check_trainable(opened, dial)
-    return ranks.first_does(
-        lambda: _first_data(work, opened, report, dataset, samples, seq_len, seed, told, dial, budget)
-    )
+    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, *rest))
 
 
 def _first_data(
     work: Work,
     opened: Source,
     report: Report,
-    dataset: str | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
     told: Progress,
     dial: Effort,
-    budget: Budget,
+    at_once: int | None,
+    seq_len: int,
+    seed: int,
+    mix: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     kept = work.load("data")
     if kept:
@@ -240,17 +233,9 @@ def _first_data(
         return [kept[name] for name in sorted(kept)], rows
     started = time.monotonic()
     batches, rows = find_batches(
-        opened,
-        report,
-        report.method,
-        dataset,
-        samples,
-        seq_len,
-        seed,
-        told,
-        dial.training * samples,
-        budget.tokens,
-    )
+        opened, report, report.method, dial.dataset, dial.samples, seq_len, seed, told,
+        dial.training * dial.samples, at_once, mix,
+    )  # fmt: skip
     report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
     report.end_stage("calibration data", time.monotonic() - started)
     found = {f"{number:06}": batch for number, batch in enumerate(batches)}
@@ -261,9 +246,16 @@ def _first_data(
 
 
 def _choose(
-    effort: str, method: str | None, format: str, scheme: QuantScheme | None, epochs: int | None, loss: str
+    effort: str,
+    method: str | None,
+    format: str,
+    scheme: QuantScheme | None,
+    epochs: int | None,
+    loss: str,
+    dataset: str | None,
+    samples: int | None,
 ) -> tuple[Effort, str]:
-    """What an effort stands for, and the method; refuses what does not exist or fit together."""
+    """What an effort stands for, on the data asked for, and the method; refuses what does not go together."""
     if effort not in EFFORTS:
         raise LowbitError(f"effort={effort!r} is unknown: use one of {list(EFFORTS)}")
     dial, rounded_inputs = EFFORTS[effort], scheme is not None and scheme.activation_bits is not None
@@ -276,10 +268,14 @@ def _choose(
     method = method or ("gptq" if rounded_inputs and dial.method in CORRECTIONS else dial.method)
     if method not in ALGORITHMS:
         raise LowbitError(f"method={method!r} is unknown: use one of {sorted([*ALGORITHMS, QAT])}")
-    if method not in ("rtn", "gptq") and rounded_inputs:
+    if method not in ("rtn", "quick", "gptq") and rounded_inputs:
         raise LowbitError(f"method={method!r} knows no rounded activations ({scheme}): use gptq or rtn")
     if format not in FORMATS:
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
+    dial = dial._replace(
+        dataset=dial.dataset if dataset is None else dataset,
+        samples=dial.samples if samples is None else samples,
+    )
     return dial, method
 
 
@@ -291,8 +287,9 @@ def _with_training(dial: Effort, method: str | None, epochs: int | None, loss: s
         raise LowbitError("loss='data' trains the weights: add method='qat'")
     if method == QAT:
         dial = dial._replace(
-            epochs=max(1, dial.epochs), training=max(1, dial.training), weights=True, loss=loss
-        )
+            epochs=max(1, dial.epochs), training=max(1, dial.training), weights=True, loss=loss,
+            samples=max(EFFORTS[effort_dial.DEFAULT].samples, dial.samples), dataset=None,
+        )  # fmt: skip
     if epochs is None:
         return dial
     if not dial.training:

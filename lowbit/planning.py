@@ -34,7 +34,7 @@ SAMPLES, LENGTH = 16, 256
 """Rows and tokens of each that price the groups."""
 
 
-COMPENSATED = ("gptq", "qronos")
+COMPENSATED = ("quick", "gptq", "qronos")
 """Methods that let later columns make up for an error."""
 
 

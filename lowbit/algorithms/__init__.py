@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit.algorithms import awq, gptq, qronos, rtn
+from lowbit.algorithms import awq, gptq, qronos, quick, rtn
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -69,6 +69,6 @@ class Correction(Protocol):
         ...
 
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "gptq": gptq, "awq": awq, "qronos": qronos}
+ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "quick": quick, "gptq": gptq, "awq": awq, "qronos": qronos}
 REWRITES: dict[str, Rewrite] = {"awq": awq.find_channel_scales}
 CORRECTIONS: dict[str, Correction] = {"qronos": qronos.correct}

@@ -46,6 +46,7 @@ class Method(str, Enum):
     """Rounding algorithms."""
 
     rtn = "rtn"
+    quick = "quick"
     gptq = "gptq"
     awq = "awq"
     qronos = "qronos"
@@ -75,8 +76,9 @@ def run(
     effort: Annotated[
         EffortName,
         typer.Option(
-            help="fast: rounding, seconds. balanced: calibrated, minutes; the best for its cost. high, max: "
-            "scales trained end to end on top, for the most accurate model."
+            help="fast: one pass on some pages that come with lowbit, seconds. balanced: calibrated, "
+            "minutes; the best for its cost. high, max: scales trained end to end on top, for the most "
+            "accurate model."
         ),
     ] = EffortName.balanced,
     method: Annotated[
@@ -115,13 +117,27 @@ def run(
     dataset: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Calibration text: hub id (org/name:config), .txt, .jsonl or .parquet file, or 'self' to "
-            "sample it from the model. Default: a public data set, or self if it can't be reached.",
+            help="Calibration text: hub id (org/name:config), .txt, .jsonl or .parquet file, 'self' to "
+            "sample it from the model, or 'passages', some pages that come with lowbit. Default: those with "
+            "--effort fast, and else a public data set, or self if it can't be reached.",
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    samples: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1, help="Calibration sequences. Default: 128, or 8 with --effort fast.", show_default=False
+        ),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 512,
+    mix: Annotated[
+        bool,
+        typer.Option(
+            "--mix/--no-mix",
+            help="Take one calibration row in five from the passages, so that other text than yours does not "
+            "suffer.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     skip: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -192,6 +208,7 @@ def run(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            mix=mix,
             skip=skip or (),
             head_bits=head_bits,
             auto_group=auto_group,
