@@ -6,7 +6,8 @@ Every peer gets an environment of its own under `--environments`, made at its fi
 pinned list below. `scripts/peers/*.py` run inside it, one process for each run: they read MODEL and
 the calibration tokens (drawn once, by lowbit's own code) and leave the dequantized model as dense
 bfloat16, which is compared with MODEL as `lowbit compare` does it. lowbit's own runs (`--only lowbit`)
-quantize with the same tokens and are evaluated from their packed checkpoint.
+are evaluated from their packed checkpoint. They take the same rows, but for the fifth that lowbit replaces
+by its passages; `fast` reads those alone.
 
 A CPU that emulates bfloat16 (lowbit then works in float32, and AutoRound does) hands every peer a float32
 copy of MODEL: in bfloat16 a peer would spend its seconds on the emulation. A peer's scales are float32 then,
@@ -149,7 +150,7 @@ def lowbit(*words: Any) -> dict[str, Any]:
 
 
 def save_tokens(options: argparse.Namespace, target: Path) -> None:
-    """Draw the calibration tokens exactly as `lowbit quantize` does, int64 `[samples, seq_len]`."""
+    """Draw the calibration tokens as `lowbit quantize --no-mix` does, int64 `[samples, seq_len]`."""
     from lowbit import hf
     from lowbit.dataset import characters_for, pack_tokens, read_documents
 
@@ -237,8 +238,8 @@ def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[s
         "quantize", options.model, "--output", (folder / "made").resolve(), "--overwrite",
         "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
         "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
-        "--dataset", options.calibration, "--samples", options.samples, "--seq-len", options.seq_len,
-        "--seed", options.seed,
+        *([] if run.method == "fast" else ["--dataset", options.calibration, "--samples", options.samples]),
+        "--seq-len", options.seq_len, "--seed", options.seed,
     )  # fmt: skip
     parts = [part for part in lowbit("inspect", (folder / "made").resolve())["parts"] if part["quantized"]]
     from lowbit import __version__
