@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import pages, ranks, reach, topology
-from lowbit.algorithms import ALGORITHMS, CORRECTIONS, REWRITES, smooth
+from lowbit.algorithms import ALGORITHMS, CORRECTIONS, ONE_PASS, REWRITES, smooth
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool
 from lowbit.pair import Pair
 from lowbit.plan import Plan, align
@@ -92,7 +92,8 @@ class BlockQuantizer:
         self._calibrated, self._corrected = ALGORITHMS[method].NEEDS_HESSIAN, method in CORRECTIONS
         self._probe = len(stream.batches) // 2 if self._corrected else len(stream.batches) - 1
         self._mine = ranks.share(self._probe)
-        passes = len(self._mine) * (self._calibrated + 1 + self._corrected) + 1
+        self._once = method in ONE_PASS
+        passes = len(self._mine) * (self._calibrated + 1 + self._corrected - self._once) + 1
         self._steps, self._step = passes * len(plan.blocks), passes * start
         self._start = start
 
@@ -144,7 +145,7 @@ class BlockQuantizer:
             if matrix not in quantized:
                 self.plan.skipped.setdefault(matrix.module_name, "the block's forward never multiplies by it")
         with RoundedInputs(quantized) if self._rounds_inputs else nullcontext():
-            done = idle or self._corrected
+            done = idle or self._corrected or self._once
             self._advance(number, [self._probe] if done else [*self._mine, self._probe])
         if not ranks.is_first():  # who writes nothing needs no more
             return QuantizedBlock({}, {}, [], {}, [])
@@ -162,7 +163,7 @@ class BlockQuantizer:
 
     def _carry_all(self, number: int) -> None:
         """Carry every batch over a block in which nothing is rounded, so that nothing is looked at."""
-        self._tell(number, "nothing to round", len(self._mine) * self._calibrated)
+        self._tell(number, "nothing to round", len(self._mine) * (self._calibrated - self._once))
         self._advance(number, self._mine)
         if self._corrected:
             self._advance(number, [self._probe + 1 + batch for batch in self._mine])
@@ -194,7 +195,9 @@ class BlockQuantizer:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
         with observe([group for group in groups if self._members(group)], rows):
             for batch in self._mine:
-                self.stream.run(number, batch)
+                output = self.stream.run(number, batch)
+                if self._once:
+                    self.stream.hidden[batch] = output
                 self._tell(number, "observing", 1)
 
     def _rewrite(self, number: int, groups: Sequence[Group]) -> list[str]:

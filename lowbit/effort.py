@@ -38,7 +38,7 @@ PASSAGES = "passages"
 QAT = "qat"
 LOSSES = ("original", "data")
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort("quick", samples=8, dataset=PASSAGES),
+    "fast": Effort("quick", samples=6, dataset=PASSAGES),
     "balanced": Effort("qronos"),
     "high": Effort("qronos", epochs=1, training=1),
     "max": Effort("qronos", epochs=2, training=3),

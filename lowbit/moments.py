@@ -19,6 +19,11 @@ from lowbit import ranks
 from lowbit.hardware import bfloat16_products
 
 
+def is_finite(matrix: Tensor) -> bool:
+    """No NaN and nothing infinite, without a copy of the matrix."""
+    return all(map(torch.isfinite, matrix.aminmax()))
+
+
 def tile_of(width: int) -> int:
     """Columns per product, of which only tiles on and right of the diagonal are computed.
 

@@ -88,7 +88,7 @@ def quantize(
             file, `self` to sample it from the model, or `passages`, some pages that come with lowbit. None
             takes those with `fast`, and else a public data set, or `self` where the hub can't be reached
             (the report says so).
-        samples: Calibration sequences; None: 8 with `fast`, and else 128.
+        samples: Calibration sequences; None: 6 with `fast`, and else 128.
         seq_len: Tokens of each.
         seed: Seed of everything random.
         mix: Take one calibration row in five from the passages, so that other text than `dataset` does

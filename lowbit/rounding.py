@@ -19,6 +19,7 @@ from lowbit import ranks
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.calibration import STARVED, Group, pool
 from lowbit.hardware import bfloat16_products
+from lowbit.moments import is_finite
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
 from lowbit.scheme import QuantScheme
@@ -161,7 +162,7 @@ def _row_errors(
 ) -> tuple[Tensor, Tensor]:
     """The diagonals of `D H D^T` and `W H W^T`, D the error of the weight; H = I without data."""
     parts = original.split(at_once or len(original))
-    blind = hessian is None or not bool(torch.isfinite(hessian).all()) or not bool(hessian.any())
+    blind = hessian is None or not is_finite(hessian) or not bool(hessian.any())
     lost: list[Tensor] = []
     whole: list[Tensor] = []
     for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):

@@ -213,7 +213,7 @@ def test_an_interruption_that_a_library_swallows(
     monkeypatch.setattr(interruption, "_received", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     output = tmp_path / "out"
-    command = ["lowbit", "quantize", str(tiny_model("llama")), "-o", str(output), "--effort", "fast"]
+    command = ["lowbit", "quantize", str(tiny_model("llama")), "-o", str(output), "--method", "rtn"]
     monkeypatch.setattr(sys, "argv", command)
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:

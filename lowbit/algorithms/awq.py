@@ -20,6 +20,7 @@ from lowbit import grid
 from lowbit.algorithms import rtn
 from lowbit.errors import LowbitError
 from lowbit.hardware import bfloat16_products
+from lowbit.moments import is_finite
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -54,7 +55,7 @@ def find_channel_scales(
     Raises:
         LowbitError: a group size that does not divide `in`, a scale that overflows.
     """
-    if not torch.isfinite(hessian).all() or not hessian.diagonal().any():
+    if not is_finite(hessian) or not hessian.diagonal().any():
         return None
     rms = _away_from_zero(hessian.diagonal().clamp(min=0).sqrt())
     magnitude = _away_from_zero(_mean_magnitude(weights, scheme))
@@ -110,7 +111,7 @@ def quantize_weight(
     """
     if hessian is None:
         raise LowbitError("awq needs calibration data: pass a hessian, or use rtn")
-    if not torch.isfinite(hessian).all():
+    if not is_finite(hessian):
         note = "the Hessian is not finite: rounded to nearest, not clipped"
         return rtn.quantize_weight(weight, None, scheme, scale_dtype)[0], note
     group = scheme.columns_per_group(weight.shape[1])

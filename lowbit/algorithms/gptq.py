@@ -38,6 +38,7 @@ from torch import Tensor
 from lowbit import grid
 from lowbit.algorithms import columns, descent, rtn
 from lowbit.errors import LowbitError
+from lowbit.moments import is_finite
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -161,7 +162,7 @@ def _in_place(factors: _Factors) -> Tensor:
 def _factor(hessian: Tensor, order: Tensor, damp: float, trust: float) -> tuple[_Factors | None, str]:
     """Factor the damped Hessian; None, with the reason, where no damping makes that possible."""
     diagonal = hessian.diagonal().float()
-    if not torch.isfinite(hessian).all():
+    if not is_finite(hessian):
         return None, "the Hessian is not finite: rounded to nearest"
     alive = diagonal > 0
     if not alive.any():
@@ -175,7 +176,7 @@ def _factor(hessian: Tensor, order: Tensor, damp: float, trust: float) -> tuple[
     for strength in (damp, *(more for more in (0.01, 0.1, 1.0) if more > damp)):
         matrix.diagonal().copy_((diagonal + strength * mean)[backwards])
         lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed and bool(torch.isfinite(lower).all()):
+        if not failed and is_finite(lower):
             break
     else:
         return None, "the Hessian is not positive definite: rounded to nearest"

@@ -1,9 +1,9 @@
-"""GPTQ for those in a hurry: few ranges are tried, and no code is gone over again.
+"""GPTQ for those in a hurry: few ranges are tried, no code is gone over again, and a block runs once.
 
-What takes GPTQ's time on a few thousand tokens is neither the tokens nor its one pass over the columns, but
-what comes before it (two dozen ranges for every group) and behind it (coordinate descent). On 4096 tokens
-or fewer one pass with four ranges keeps most of what GPTQ gains over rounding to nearest, for a third of
-the time (docs/ACCURACY.md).
+On a few thousand tokens GPTQ's own pass over the columns is the least of it: what comes before it (two dozen
+ranges for every group), behind it (coordinate descent) and around it (the block run again with its rounded
+weights) takes two thirds of the time, and most of what GPTQ gains over rounding to nearest is there
+without (docs/ACCURACY.md).
 """
 
 from __future__ import annotations
