@@ -190,10 +190,10 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     return {
-        **options,
-        "within": repr(options["within"]),
         "dataset": dial.dataset,
         "samples": dial.samples,
+        **options,
+        "within": repr(options["within"]),
         "skip": list(skip),
         "scheme": str(plan.scheme),
         "schemes": {at: str(scheme) for at, scheme in (schemes or {}).items()},
