@@ -93,7 +93,7 @@ def _draw(
     """Which text it is in the end, and its rows."""
     if spec is None:
         try:
-            return DEFAULT_DATASET, _read_tokens(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
+            return DEFAULT_DATASET, draw_rows(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
         except LowbitError:
             if at_once is not None or not source.whole:
                 raise
@@ -102,7 +102,7 @@ def _draw(
             )
             spec = "self"
     if spec != "self":
-        return spec, _read_tokens(spec, tokenizer, samples, seq_len, seed)
+        return spec, draw_rows(spec, tokenizer, samples, seq_len, seed)
     with quiet():
         whole = hf.load_stock(source.folder, source.dtype)
     return spec, sampling.sample_from_model(
@@ -110,9 +110,8 @@ def _draw(
     )
 
 
-def _read_tokens(
-    spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
-) -> Tensor:
+def draw_rows(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Calibration rows of a text or of the passages, int64 `[rows, seq_len]`; `samples` of them, or all."""
     if spec == PASSAGES:
         return passages.read_tokens(tokenizer, samples, seq_len, seed)
     documents = read_documents(spec, max_characters=characters_for(samples, seq_len))

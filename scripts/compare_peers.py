@@ -110,7 +110,7 @@ RUNS = [
     )),
     *(run for method in ("fast", "gptq", "awq", "balanced", "high", "max") for run in both("lowbit", method)),
     *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
-    Run("lowbit", "fast", 8, symmetric=True),
+    Run("lowbit", "rtn", 8, symmetric=True),
 ]  # fmt: skip
 EFFORTS = ("fast", "balanced", "high", "max")
 
@@ -152,13 +152,10 @@ def lowbit(*words: Any) -> dict[str, Any]:
 def save_tokens(options: argparse.Namespace, target: Path) -> None:
     """Draw the calibration tokens as `lowbit quantize --no-mix` does, int64 `[samples, seq_len]`."""
     from lowbit import hf
-    from lowbit.dataset import characters_for, pack_tokens, read_documents
+    from lowbit.batches import draw_rows
 
-    documents = read_documents(
-        options.calibration, max_characters=characters_for(options.samples, options.seq_len)
-    )
-    tokenizer = hf.load_tokenizer(options.model)
-    np.save(target, pack_tokens(documents, tokenizer, options.samples, options.seq_len, options.seed).numpy())
+    asked = options.samples, options.seq_len, options.seed
+    np.save(target, draw_rows(options.calibration, hf.load_tokenizer(options.model), *asked).numpy())
 
 
 def working_dtype() -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import hf
-from lowbit.dataset import characters_for, pack_tokens, read_documents
+from lowbit.batches import draw_rows
 
 MATRICES = {
     "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "q, k and v": ("q_proj", "k_proj", "v_proj"),
@@ -69,10 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     model: Any = hf.load(options.model, packed=False, dtype=torch.float32)
     model.requires_grad_(False)
-    documents = read_documents(
-        options.calibration, max_characters=characters_for(options.samples, options.seq_len)
-    )
-    rows = pack_tokens(documents, hf.load_tokenizer(options.model), options.samples, options.seq_len, 0)
+    tokenizer = hf.load_tokenizer(options.model)
+    rows = draw_rows(options.calibration, tokenizer, options.samples, options.seq_len, 0)
     found = squares(model, rows)
     edges = (*(place for place in PLACES if place < options.seq_len), options.seq_len)
     heads = [f"{a + 1} to {b}" for a, b in pairwise(edges)]

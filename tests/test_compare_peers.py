@@ -95,7 +95,7 @@ def test_peers_get_the_tokens_that_lowbit_draws(
     model = tiny_model("llama")
     options = argparse.Namespace(model=str(model), calibration=text_file, samples=5, seq_len=24, seed=3)
     module("compare_peers").save_tokens(options, tmp_path / "tokens.npy")
-    drawn = batches._read_tokens(text_file, hf.load_tokenizer(str(model)), 5, 24, 3)
+    drawn = batches.draw_rows(text_file, hf.load_tokenizer(str(model)), 5, 24, 3)
     assert module("dense").load_tokens(tmp_path / "tokens.npy").equal(drawn)
 
 
