@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowbit import hf, passages, sampling
-from lowbit.algorithms import ALGORITHMS
+from lowbit import hf, passages, ranks, sampling
+from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.blocks import Progress
 from lowbit.dataset import characters_for, pack_tokens, read_documents
 from lowbit.effort import PASSAGES
@@ -24,28 +26,40 @@ PROBE = (
 )
 
 
+class Data(NamedTuple):
+    """What to calibrate on.
+
+    Attributes:
+        dataset: Text, as in `quantize`.
+        samples: Rows.
+        seq_len: Tokens of each.
+        seed: Which rows of the text.
+        mix: Take a share of the rows from the passages.
+    """
+
+    dataset: str | None
+    samples: int
+    seq_len: int
+    seed: int
+    mix: bool = True
+
+
 def find_batches(
     source: Source,
     report: Report,
     method: str,
-    dataset: str | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
+    data: Data,
     progress: Progress,
     training_samples: int = 0,
     at_once: int | None = None,
-    mix: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The data of a run, in batches of `at_once` tokens; where that is None, memory is not limited.
-
-    With `mix`, a share of the calibration rows is replaced by rows of the passages.
 
     Returns:
         Calibration batches, then one short text that serves to verify the result; and rows for
         training, int64 `[rows, seq_len]`, None where none were asked for. They are other rows than
         those of the calibration, to which the rounded model is fitted already; where the text is too
-        short for that, a note says so and they are the same.
+        short for that, a note says so and they are the same. None of them is a passage.
     """
     tokenizer = hf.load_tokenizer(source.folder)
     probe = torch.tensor([tokenizer(PROBE).input_ids[:64]])
@@ -53,28 +67,30 @@ def find_batches(
     if not calibrated and not training_samples:
         report.calibration = f"none: {method} uses no data"
         return [probe], None
-    wanted, samples = samples, samples * calibrated + training_samples
+    samples, seq_len = data.samples * calibrated + training_samples, data.seq_len
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest and seq_len > longest:
         raise LowbitError(
             f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that"
         )
-    spec, tokens = _draw(source, report, tokenizer, dataset, samples, seq_len, seed, progress, at_once)
-    if len(tokens) < samples and spec != PASSAGES:  # all of it was asked for
-        report.notes.append(f"{spec} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
-    rounding, mixed = tokens[: wanted if calibrated else 0], 0
-    if mix and spec != PASSAGES:
-        rounding, mixed = passages.mixed(rounding, tokenizer, seed)
-    report.calibration = f"{spec}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {seed}"
+    spec, tokens = _draw(source, report, tokenizer, data._replace(samples=samples), progress, at_once)
+    name = "lowbit's passages" if spec == PASSAGES else spec
+    if len(tokens) < samples:
+        report.notes.append(f"{name} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
+    rounding, mixed = tokens[: data.samples if calibrated else 0], 0
+    if data.mix and spec != PASSAGES:
+        rounding, mixed = passages.mixed(rounding, tokenizer, data.seed)
+    report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
     report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
-    # Eight batches or more where that can be had: one of them is held out by a method that corrects.
-    per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // 8))
+    # Eight batches or more where a method corrects, which holds out one of them; else one for each rank.
+    least = 8 if method in CORRECTIONS else ranks.size()
+    per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // least))
     batches = [*rounding.split(per_batch), probe] if calibrated else [probe]
     if not training_samples:
         return batches, None
     training = tokens[len(rounding) :]
     if len(training) < training_samples // 4:
-        report.notes.append(f"{spec} has no more rows: scales are trained on the calibration's own")
+        report.notes.append(f"{spec} has no more rows: scales are trained on rows that it was calibrated on")
         training = tokens
     return batches, training
 
@@ -83,17 +99,15 @@ def _draw(
     source: Source,
     report: Report,
     tokenizer: PreTrainedTokenizerBase,
-    spec: str | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
+    data: Data,
     progress: Progress,
     at_once: int | None,
 ) -> tuple[str, Tensor]:
     """Which text it is in the end, and its rows."""
+    spec, asked = data.dataset, (tokenizer, data.samples, data.seq_len, data.seed)
     if spec is None:
         try:
-            return DEFAULT_DATASET, draw_rows(DEFAULT_DATASET, tokenizer, samples, seq_len, seed)
+            return DEFAULT_DATASET, draw_rows(DEFAULT_DATASET, *asked)
         except LowbitError:
             if at_once is not None or not source.whole:
                 raise
@@ -102,11 +116,11 @@ def _draw(
             )
             spec = "self"
     if spec != "self":
-        return spec, draw_rows(spec, tokenizer, samples, seq_len, seed)
+        return spec, draw_rows(spec, *asked)
     with quiet():
         whole = hf.load_stock(source.folder, source.dtype)
     return spec, sampling.sample_from_model(
-        whole, tokenizer, samples, seq_len, seed, lambda n, of: progress("sample", n, of, "writing text")
+        whole, *asked, lambda n, of: progress("sample", n, of, "writing text")
     )
 
 

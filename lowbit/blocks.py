@@ -1,7 +1,8 @@
 """Block after block: load, observe, rewrite, round, write back, carry on, free.
 
 The inputs of a block are the outputs of the quantized blocks before it, so an error made early is
-seen, and made up for, by everything after it. One block is in memory at a time.
+seen, and made up for, by everything after it (but for methods of `ONE_PASS`, which are in a hurry). One block
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -195,9 +196,10 @@ class BlockQuantizer:
         rows = max(1, SAMPLED_ROWS // self._probe) if self._rounds_inputs else 0
         with observe([group for group in groups if self._members(group)], rows):
             for batch in self._mine:
-                output = self.stream.run(number, batch)
                 if self._once:
-                    self.stream.hidden[batch] = output
+                    self.stream.hidden[batch] = self.stream.run(number, batch)
+                else:
+                    self.stream.run(number, batch)
                 self._tell(number, "observing", 1)
 
     def _rewrite(self, number: int, groups: Sequence[Group]) -> list[str]:

@@ -20,8 +20,9 @@ from lowbit.hardware import bfloat16_products
 
 
 def is_finite(matrix: Tensor) -> bool:
-    """No NaN and nothing infinite, without a copy of the matrix."""
-    return all(map(torch.isfinite, matrix.aminmax()))
+    """No NaN and nothing infinite in a matrix, without a copy of it."""
+    along = matrix if matrix.is_contiguous() else matrix.T  # as Cholesky returns it
+    return not matrix.numel() or all(map(torch.isfinite, along.aminmax()))
 
 
 def tile_of(width: int) -> int:

@@ -1,12 +1,12 @@
 """Text that is part of the package, and how it gets among the calibration rows.
 
-Whatever text a model is calibrated on, it will read other text, too. So one calibration row in five comes
-from passages of many kinds and languages: what they have in common with the text costs it nothing, and what
-they hold besides is what the text alone would leave to chance (docs/ACCURACY.md). Alone they serve
+Whatever text a model is calibrated on, it will read other text, too. So up to one calibration row in five
+comes from passages of many kinds and languages: what they have in common with the text costs it nothing, and
+what they hold besides is what the text alone would leave to chance (docs/ACCURACY.md). Alone they serve
 `--effort fast`, which needs no data then.
 
 They were written for this and hold some 20,000 tokens, most of them English: prose, code, mathematics,
-conversations, and thirty other languages.
+conversations, and some in 26 other languages.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, 
 def mixed(rows: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Tensor, int]:
     """Calibration rows, int64 `[rows, length]`, some of them replaced by passages; and how many.
 
-    They lie at even distances, so that every batch has its share. Where the passages fill no row, or a fifth
-    of the rows is less than one, none is replaced.
+    They lie at even distances. No more are replaced than the passages fill, none where a fifth of the rows is
+    less than one.
     """
     wanted, length = int(len(rows) * SHARE), rows.shape[1]
     if not wanted:

@@ -22,7 +22,7 @@ from lowbit import beside, checkpoint, hub_source, identity, origin, places, pla
 from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
-from lowbit.batches import find_batches
+from lowbit.batches import Data, find_batches
 from lowbit.blocks import Progress
 from lowbit.budget import keep_to
 from lowbit.effort import EFFORTS, LOSSES, QAT, Effort
@@ -91,7 +91,7 @@ def quantize(
         samples: Calibration sequences; None: 6 with `fast`, and else 128.
         seq_len: Tokens of each.
         seed: Seed of everything random.
-        mix: Take one calibration row in five from the passages, so that other text than `dataset` does
+        mix: Take up to one calibration row in five from the passages, so that other text than `dataset` does
             not suffer.
         skip: Patterns of modules to leave in full precision (`*.down_proj`).
         head_bits: Also quantize the output head, to this many bits.
@@ -127,6 +127,7 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme, epochs, loss, dataset, samples)
+    data = Data(dial.dataset, dial.samples, seq_len, seed, mix)
     hub_source.check(keep_source, model, dial, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
@@ -140,20 +141,25 @@ def quantize(
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         work.check(ranks.alike("setting", _inputs(opened, plan, where, dial, schemes, skip, effort=effort,
-            method=method, format=format, head_bits=head_bits, within=within, seq_len=seq_len, seed=seed,
-            mix=mix, max_shard_size=shard_bytes, max_memory=max_memory)))  # fmt: skip
+            **data._asdict(), method=method, format=format, head_bits=head_bits, within=within,
+            max_shard_size=shard_bytes, max_memory=max_memory)))  # fmt: skip
         if work.facts:
-            report = Report.of_json(work.facts["report"])
-            told("resume", 1, 1, f"going on from {work.folder}")
+            report = _going_on(work, told)
         elif ranks.is_first():
             require_room(opened, plan, within, target.parent)
         budget = keep_to(max_memory, opened, plan, method, seq_len, dial, work.facts.get("budget"))
-        batches, rows = _data(work, opened, report, told, dial, budget.tokens, seq_len, seed, mix)
-        planning.spend_once(within, work, opened, plan, report, batches, dial.dataset, seed, where, told)
+        batches, rows = _data(work, opened, report, told, dial, data, budget.tokens)
+        planning.spend_once(within, work, opened, plan, report, batches, data, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
         return ranks.first_does(lambda: _finish(
             road, rows, dial, shard_bytes, batches, verify_output, target, model, quantized_by))  # fmt: skip
+
+
+def _going_on(work: Work, told: Progress) -> Report:
+    """The report of the run that was interrupted, as far as it got."""
+    told("resume", 1, 1, f"going on from {work.folder}")
+    return Report.of_json(work.facts["report"])
 
 
 def _finish(
@@ -190,8 +196,6 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     return {
-        "dataset": dial.dataset,
-        "samples": dial.samples,
         **options,
         "within": repr(options["within"]),
         "skip": list(skip),
@@ -209,33 +213,23 @@ def _inputs(
 
 
 def _data(
-    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, *rest: Any
+    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, data: Data, at_once: int | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found; by the first rank, for all."""
     _check_trainable(opened, dial)
-    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, *rest))
+    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, data, at_once))
 
 
 def _first_data(
-    work: Work,
-    opened: Source,
-    report: Report,
-    told: Progress,
-    dial: Effort,
-    at_once: int | None,
-    seq_len: int,
-    seed: int,
-    mix: bool,
+    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, data: Data, at_once: int | None
 ) -> tuple[list[Tensor], Tensor | None]:
     kept = work.load("data")
     if kept:
         rows = kept.pop("rows", None)
         return [kept[name] for name in sorted(kept)], rows
     started = time.monotonic()
-    batches, rows = find_batches(
-        opened, report, report.method, dial.dataset, dial.samples, seq_len, seed, told,
-        dial.training * dial.samples, at_once, mix,
-    )  # fmt: skip
+    extra = dial.training * data.samples
+    batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once)
     report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
     report.end_stage("calibration data", time.monotonic() - started)
     found = {f"{number:06}": batch for number, batch in enumerate(batches)}
@@ -263,6 +257,9 @@ def _choose(
         raise LowbitError(f"method={method!r} trains for exact activations, not {scheme}: use gptq")
     if rounded_inputs and dial.training:
         raise LowbitError(f"effort={effort!r} trains for exact activations, not {scheme}: use balanced")
+    if method not in (None, dial.method):  # an effort's data are for its own method
+        usual = EFFORTS[effort_dial.DEFAULT]
+        dial = dial._replace(dataset=usual.dataset, samples=usual.samples)
     dial = _with_training(dial, method, epochs, loss)
     method = None if method == QAT else method
     method = method or ("gptq" if rounded_inputs and dial.method in CORRECTIONS else dial.method)
@@ -272,11 +269,13 @@ def _choose(
         raise LowbitError(f"method={method!r} knows no rounded activations ({scheme}): use gptq or rtn")
     if format not in FORMATS:
         raise LowbitError(f"format={format!r} is unknown: use one of {sorted(FORMATS)}")
-    dial = dial._replace(
-        dataset=dial.dataset if dataset is None else dataset,
-        samples=dial.samples if samples is None else samples,
-    )
-    return dial, method
+    return _with_data(dial, dataset, samples), method
+
+
+def _with_data(dial: Effort, dataset: str | None, samples: int | None) -> Effort:
+    """The dial on the data that was asked for, and where none was, on its own."""
+    dataset = dial.dataset if dataset is None else dataset
+    return dial._replace(dataset=dataset, samples=dial.samples if samples is None else samples)
 
 
 def _with_training(dial: Effort, method: str | None, epochs: int | None, loss: str) -> Effort:
@@ -287,9 +286,8 @@ def _with_training(dial: Effort, method: str | None, epochs: int | None, loss: s
         raise LowbitError("loss='data' trains the weights: add method='qat'")
     if method == QAT:
         dial = dial._replace(
-            epochs=max(1, dial.epochs), training=max(1, dial.training), weights=True, loss=loss,
-            samples=max(EFFORTS[effort_dial.DEFAULT].samples, dial.samples), dataset=None,
-        )  # fmt: skip
+            epochs=max(1, dial.epochs), training=max(1, dial.training), weights=True, loss=loss
+        )
     if epochs is None:
         return dial
     if not dial.training:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit import ranks, sensitivity
 from lowbit import source as sources
-from lowbit.batches import find_batches
+from lowbit.batches import Data, find_batches
 from lowbit.blocks import Progress
 from lowbit.effort import DEFAULT, EFFORTS
 from lowbit.errors import LowbitError
@@ -70,7 +70,11 @@ def first_scheme(
 
 def sample(batches: Sequence[Tensor]) -> Tensor:
     """Rows for `spend`, int64 `[SAMPLES, LENGTH]` or less, of calibration batches `[rows, length]`."""
-    return torch.cat(list(batches))[:SAMPLES, :LENGTH]
+    rows = torch.cat(list(batches))
+    pieces = rows.shape[1] // LENGTH
+    if len(rows) < SAMPLES and pieces > 1:  # few rows are used to their end
+        rows = rows[:, : pieces * LENGTH].reshape(-1, LENGTH)
+    return rows[:SAMPLES, :LENGTH]
 
 
 def spend(
@@ -108,14 +112,13 @@ def spend_once(
     plan: Plan,
     report: Report,
     batches: Sequence[Tensor],
-    dataset: str | None,
-    seed: int,
+    data: Data,
     device: torch.device,
     progress: Progress,
 ) -> None:
     """Choose the schemes for `plan` where there is a target, or take up what an interrupted run had chosen.
 
-    The groups are priced on the calibration data or, where there is none, on rows of `dataset`; by the first
+    The groups are priced on the calibration data or, where there is none, on rows of `data`; by the first
     rank, for all.
     """
     if target is None:
@@ -126,7 +129,7 @@ def spend_once(
         return
 
     def choose_all() -> tuple[dict[str, QuantScheme], dict[str, str]]:
-        _spend(target, work, source, plan, report, batches, dataset, seed, device, progress)
+        _spend(target, work, source, plan, report, batches, data, device, progress)
         return plan.schemes, plan.skipped
 
     plan.schemes, plan.skipped = ranks.first_does(choose_all)
@@ -139,16 +142,12 @@ def _spend(
     plan: Plan,
     report: Report,
     batches: Sequence[Tensor],
-    dataset: str | None,
-    seed: int,
+    data: Data,
     device: torch.device,
     progress: Progress,
 ) -> None:
     started = time.monotonic()
-    if len(batches) > 1:
-        rows = sample(batches[:-1])
-    else:
-        rows = read_rows(source, dataset, seed, progress, report.notes)
+    rows = sample(batches[:-1]) if len(batches) > 1 else read_rows(source, data, progress, report.notes)
     room = find_room(source, plan, target)
     choice = spend(source, plan, room, rows, report.method, device, progress)
     report.plan, report.notes = choice.to_dict(), report.notes + choice.notes
@@ -164,6 +163,7 @@ def preview(
     method: str | None = None,
     dataset: str | None = None,
     seed: int = 0,
+    mix: bool = True,
     skip: Sequence[str] = (),
     head_bits: int | None = None,
     device: str = "auto",
@@ -178,6 +178,7 @@ def preview(
         method: Rounding algorithm that will be used; None: that of the default effort.
         dataset: Text to price the groups on, as in `quantize`.
         seed: Seed of its rows.
+        mix: Take some of them from the passages, as `quantize` does.
         skip: Patterns of modules to leave in full precision.
         head_bits: Quantize the output head too, to this many bits.
         device: `auto`, `cpu`, `cuda`, ...
@@ -196,7 +197,7 @@ def preview(
         )  # fmt: skip
         room = find_room(source, plan, target)
         notes: list[str] = []
-        rows = read_rows(source, dataset, seed, told, notes)
+        rows = read_rows(source, Data(dataset, SAMPLES, LENGTH, seed, mix), told, notes)
         choice = spend(source, plan, room, rows, method or EFFORTS[DEFAULT].method, where, told)
         choice.notes += notes
         shapes = {n: s for group in choice.groups for n, s in zip(group.names, group.shapes, strict=True)}
@@ -204,11 +205,12 @@ def preview(
     return choice
 
 
-def read_rows(source: Source, dataset: str | None, seed: int, progress: Progress, notes: list[str]) -> Tensor:
+def read_rows(source: Source, data: Data, progress: Progress, notes: list[str]) -> Tensor:
     """Rows for `spend` where nothing is calibrated; adds to `notes` what the user should know of them."""
     found = Report(source.folder, "", "gptq", "", "")  # of which only the notes matter
-    batches, _ = find_batches(source, found, "gptq", dataset, SAMPLES, LENGTH, seed, progress)
+    data = data._replace(samples=SAMPLES, seq_len=LENGTH)
+    batches, _ = find_batches(source, found, "gptq", data, progress)
     notes += found.notes
     if len(batches) < 2:
-        raise LowbitError(f"--dataset {dataset} is too short to price anything: give more text")
+        raise LowbitError(f"--dataset {data.dataset} is too short to price anything: give more text")
     return sample(batches[:-1])

@@ -49,9 +49,9 @@ def measure(
     made = lowbit(
         "quantize", options.model, "--output", str(folder),
         "--effort" if method in EFFORTS else "--method", method, "--bits", str(bits),
-        "--group-size", options.group_size, f"--{symmetry}", "--dataset", options.calibration,
-        "--samples", str(options.samples), "--seq-len", str(options.seq_len), "--seed", str(options.seed),
-        "--overwrite",
+        "--group-size", options.group_size, f"--{symmetry}", "--seq-len", str(options.seq_len),
+        *([] if method == "fast" else ["--dataset", options.calibration, "--samples", str(options.samples)]),
+        "--seed", str(options.seed), "--overwrite",
     )  # fmt: skip
     found = lowbit(
         "eval", str(folder), "--reference", options.model, "--dataset", options.text,

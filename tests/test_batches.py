@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit import hf, passages
-from lowbit.batches import find_batches
+from lowbit.batches import Data, find_batches
 from lowbit.dataset import pack_tokens
 from lowbit.errors import LowbitError
 from lowbit.results import Report
@@ -30,9 +30,8 @@ def drawn(
 ) -> tuple[Tensor, Report]:
     """All calibration rows, in order, and the report that was told about them."""
     report = Report(source.folder, "", method, "", "")
-    found, training = find_batches(
-        source, report, method, spec, samples, length, 3, lambda *_: None, mix=mix
-    )  # fmt: skip
+    data = Data(spec, samples, length, 3, mix)
+    found, training = find_batches(source, report, method, data, lambda *_: None)
     assert training is None
     return torch.cat(found[:-1]) if len(found) > 1 else torch.empty(0, length, dtype=torch.int64), report
 
@@ -70,11 +69,12 @@ def test_passages_that_fill_no_row_are_left_out(
 
 def test_the_passages_alone(source: Source) -> None:
     rows, told = drawn(source, "passages", 8, 512)
-    assert told.calibration == "passages: 8 x 512 tokens, seed 3"
+    assert told.calibration == "lowbit's passages: 8 x 512 tokens, seed 3"
     assert rows.shape == (8, 512)
+    assert told.notes == []
     everything, told = drawn(source, "passages", 10**4, 512)
     assert len(everything) > 8
-    assert told.notes == []  # nobody promised as many rows as that
+    assert told.notes == [f"lowbit's passages gives {len(everything)} sequences of 512 tokens, not 10000"]
 
 
 def test_a_method_without_data_reads_none(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit import hf
+from lowbit import QuantScheme, hf, pipeline
 from lowbit.batches import draw_rows
 from lowbit.results import Report
 from lowbit.stream import Stream
@@ -28,7 +28,7 @@ def test_the_fastest_effort_needs_no_data_and_loses_less_than_nearest(
     options: dict[str, Any] = {"method": None, "dataset": None, "samples": None}
     report = quantize(folder, output=tmp_path / "fast", effort="fast", **options)
     assert report.method == "quick"
-    assert report.calibration == "passages: 6 x 48 tokens, seed 0"
+    assert report.calibration == "lowbit's passages: 6 x 48 tokens, seed 0"
     assert report.notes == []
     nearest = quantize(folder, output=tmp_path / "rtn")
     lost = [
@@ -36,6 +36,43 @@ def test_the_fastest_effort_needs_no_data_and_loses_less_than_nearest(
         for made in (report, nearest)
     ]
     assert 0 < lost[0] < lost[1]
+
+
+def test_the_data_of_an_effort_are_for_its_own_method(
+    quantize: Callable[..., Report], tiny_model: Folders
+) -> None:
+    """Whoever names a method gets the usual rows for it, and whoever names data gets those."""
+    nothing: dict[str, Any] = {"dataset": None, "samples": None}
+    dial, method = pipeline._choose("fast", "gptq", "gptq", None, None, "original", **nothing)
+    assert (method, dial.dataset, dial.samples) == ("gptq", None, 128)
+    dial, method = pipeline._choose("fast", None, "gptq", None, None, "original", "a.txt", None)
+    assert (method, dial.dataset, dial.samples) == ("quick", "a.txt", 6)
+    dial, _ = pipeline._choose("balanced", None, "gptq", None, None, "original", "a.txt", 9)
+    assert (dial.dataset, dial.samples) == ("a.txt", 9)
+    dial, _ = pipeline._choose("fast", "qat", "gptq", None, None, "original", **nothing)
+    assert (dial.dataset, dial.samples, dial.training) == (None, 128, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": QuantScheme(8, -1, activation_bits=8)},
+        {"scheme": None, "within": lowbit.Target(4.6)},
+        {"format": "gptq"},
+    ],
+    ids=["w8a8", "target", "gptq"],
+)
+def test_fast_goes_with(
+    options: dict[str, Any], quantize: Callable[..., Report], tiny_model: Folders, text_file: str
+) -> None:
+    folder = tiny_model("llama")
+    report = quantize(folder, effort="fast", method=None, dataset=None, samples=None, **options)
+    assert report.method == "quick"
+    assert report.calibration.startswith("lowbit's passages: 6 x 48 tokens")
+    assert report.verification is not None
+    found = lowbit.perplexity(report.output, text_file, reference=folder, seq_len=48, windows=10)
+    assert found.kl is not None
+    assert found.kl < 0.2
 
 
 @pytest.mark.parametrize(("method", "passes"), [("quick", 1), ("gptq", 2)])

@@ -42,6 +42,7 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option(help="Text to measure on, as for lowbit quantize.", show_default=False),
     ] = None,
+    mix: Annotated[bool, typer.Option("--mix/--no-mix", help="As for lowbit quantize.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     skip: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -69,6 +70,7 @@ def run(
             target,
             dataset=dataset,
             seed=seed,
+            mix=mix,
             skip=skip or (),
             head_bits=head_bits,
             device=device,

@@ -84,8 +84,8 @@ def run(
     method: Annotated[
         Optional[Method],  # noqa: UP045
         typer.Option(
-            help="Rounding algorithm, in place of the effort's own; or qat: what that one rounds is trained "
-            "on --dataset, weights included.",
+            help="Rounding algorithm, in place of the effort's own (quick: GPTQ in one pass); or qat: what "
+            "that one rounds is trained on --dataset, weights included.",
             show_default=False,
         ),
     ] = None,
@@ -134,8 +134,8 @@ def run(
         bool,
         typer.Option(
             "--mix/--no-mix",
-            help="Take one calibration row in five from the passages, so that other text than yours does not "
-            "suffer.",
+            help="Take up to one calibration row in five from the passages, so that other text than yours "
+            "does not suffer.",
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
