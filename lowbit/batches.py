@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowbit import hf, passages, ranks, sampling
-from lowbit.algorithms import ALGORITHMS, CORRECTIONS
+from lowbit.algorithms import ALGORITHMS, ONE_PASS
 from lowbit.blocks import Progress
 from lowbit.dataset import characters_for, pack_tokens, read_documents
 from lowbit.effort import PASSAGES
@@ -82,8 +82,9 @@ def find_batches(
         rounding, mixed = passages.mixed(rounding, tokenizer, data.seed)
     report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
     report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
-    # Eight batches or more where a method corrects, which holds out one of them; else one for each rank.
-    least = 8 if method in CORRECTIONS else ranks.size()
+    # Eight batches or more where that can be had: one of them is held out by a method that corrects. Who is in
+    # a hurry takes all at once.
+    least = ranks.size() if method in ONE_PASS else 8
     per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // least))
     batches = [*rounding.split(per_batch), probe] if calibrated else [probe]
     if not training_samples:
