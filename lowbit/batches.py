@@ -82,8 +82,8 @@ def find_batches(
         rounding, mixed = passages.mixed(rounding, tokenizer, data.seed)
     report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
     report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
-    # Eight batches or more where that can be had: one of them is held out by a method that corrects. Who is in
-    # a hurry takes all at once.
+    # Eight batches or more where that can be had: one of them is held out by a method that corrects.
+    # Who is in a hurry takes all at once.
     least = ranks.size() if method in ONE_PASS else 8
     per_batch = max(1, min((at_once or TOKENS_PER_BATCH) // seq_len, len(rounding) // least))
     batches = [*rounding.split(per_batch), probe] if calibrated else [probe]
