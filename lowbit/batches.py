@@ -80,6 +80,9 @@ def find_batches(
     rounding, mixed = tokens[: data.samples if calibrated else 0], 0
     if data.mix and spec != PASSAGES:
         rounding, mixed = passages.mixed(rounding, tokenizer, data.seed)
+        wanted = passages.share_of(len(rounding))
+        if mixed < wanted:
+            report.notes.append(f"lowbit's passages fill {mixed} rows of {seq_len} tokens, not {wanted}")
     report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
     report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
     # Eight batches or more where that can be had: one of them is held out by a method that corrects.

@@ -37,13 +37,18 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, 
     return pack_tokens([FILE.read_text(encoding="utf-8")], tokenizer, samples, seq_len, seed)
 
 
+def share_of(rows: int) -> int:
+    """How many of so many calibration rows are to be passages."""
+    return int(rows * SHARE)
+
+
 def mixed(rows: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Tensor, int]:
     """Calibration rows, int64 `[rows, length]`, some of them replaced by passages; and how many.
 
     They lie at even distances. No more are replaced than the passages fill, none where a fifth of the rows is
     less than one.
     """
-    wanted, length = int(len(rows) * SHARE), rows.shape[1]
+    wanted, length = share_of(len(rows)), rows.shape[1]
     if not wanted:
         return rows, 0
     try:

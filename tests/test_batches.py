@@ -61,8 +61,9 @@ def test_passages_that_fill_no_row_are_left_out(
 ) -> None:
     (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     monkeypatch.setattr(passages, "FILE", tmp_path / "short.txt")
-    (own, _), (rows, _) = drawn(source, text_file, 10, mix=False), drawn(source, text_file, 10)
+    (own, _), (rows, told) = drawn(source, text_file, 10, mix=False), drawn(source, text_file, 10)
     assert torch.equal(rows, own)
+    assert told.notes == [f"lowbit's passages fill 0 rows of {LENGTH} tokens, not 2"]
     with pytest.raises(LowbitError, match="fewer than one row"):
         drawn(source, "passages", 8)
 
