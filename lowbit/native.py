@@ -4,31 +4,23 @@ torch's four-bit kernel is bound by its arithmetic and not by memory. `native.c`
 the byte products of AVX-512 VNNI, and dequantizes for long prompts several times faster than a chain of
 torch's operations can. Nothing needs it: where the processor or a compiler is lacking, `cpu.py` runs on what
 torch has, and `lacking` says why.
-
-They are compiled once, in a second, into the user's cache (`$XDG_CACHE_HOME/lowbit`), under a name that
-is a hash of source and flags.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lowbit import compiled
 from lowbit.errors import LowbitError
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512vbmi")
 _USED = ("avx512_bf16",)
 """What the dense product needs besides."""
-_FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp")
 _library: ctypes.CDLL | None = None
 _lacking = ""
 _declined = False
@@ -69,11 +61,11 @@ def enable() -> None:
     global _library
     if _library is None:
         if not supported():
-            lacking = next(name for name in _NEEDED if name not in _processor())
+            lacking = next(name for name in _NEEDED if name not in compiled.processor())
             raise LowbitError(f"the native kernels need {lacking}, which this CPU lacks: run without them")
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
             raise LowbitError("the native kernels need torch's AVX-512 layout: unset ATEN_CPU_CAPABILITY")
-        _library = _open(_compile())
+        _library = _open()
 
 
 def disable() -> None:
@@ -84,7 +76,7 @@ def disable() -> None:
 
 def supported() -> bool:
     """Has this processor what the kernels are compiled for?"""
-    return _processor().issuperset(_NEEDED)
+    return compiled.processor().issuperset(_NEEDED)
 
 
 def enabled() -> bool:
@@ -143,47 +135,9 @@ def dequantize(tiles: Tensor, scales: Tensor, first: int, group: int, planes: in
     )  # fmt: skip
 
 
-def _processor() -> set[str]:
-    """Flags of the processor; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-def _compile() -> Path:
-    """The compiled library, made if it is not in the cache."""
-    used = (*_NEEDED, *(name for name in _USED if name in _processor()))
-    flags = (*_FLAGS, *(f"-m{name.replace('_', '')}" for name in used))
-    content = _SOURCE.read_bytes() + " ".join(flags).encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
-    path = cache / f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if compiler is None:
-        raise LowbitError("the native kernels need a C compiler and there is none: install gcc, or set CC")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / path.name
-            command = [compiler, *flags, str(_SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise LowbitError(f"{compiler} can't compile the native kernels ({said}): set CC to gcc >= 9")
-            made.replace(path)  # in one step: another process may be doing the same
-    except OSError as error:
-        raise LowbitError(f"the native kernels can't be written to {cache}: {error}") from error
-    return path
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise LowbitError(f"{path} can't be loaded ({error}): delete it") from error
+def _open() -> ctypes.CDLL:
+    used = (*_NEEDED, *(name for name in _USED if name in compiled.processor()))
+    library = compiled.library(_SOURCE, used)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.lowbit_matvec.argtypes = [*[pointer] * 5, *[size] * 6, ctypes.c_int]
     library.lowbit_matvec.restype = ctypes.c_int

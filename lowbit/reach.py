@@ -69,7 +69,7 @@ def _is_read(stream: Stream, block: int, batch: int, group: Group, usual: Tensor
     """
     rows, length = stream.batches[batch].shape
     changed = partial(_changed, rows=rows, length=length)
-    for matrix in group.matrices:
+    for matrix in reversed(group.matrices):  # values are mostly last, and are read whatever the keys are
         with Silence([matrix], [], changed):
             found = stream.run(block, batch)
         last = usual[:, -1].float()

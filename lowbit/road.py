@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowbit import checkpoint, durable, hf, ranks, record
 from lowbit import source as sources
-from lowbit.algorithms import CORRECTIONS, rtn
+from lowbit.algorithms import BY_COLUMN, CORRECTIONS, columns, rtn
 from lowbit.blocks import BlockQuantizer, Progress, fingerprint
 from lowbit.budget import Budget
 from lowbit.carried import Carried
@@ -232,6 +232,7 @@ class Road:
         fallen = Counter(layer.note for layer in report.layers if layer.note)
         report.notes += [f"{count} layers: {note}" for note, count in fallen.items()]
         report.notes += source.notes()
+        report.notes += columns.notes(self.device) if report.method in BY_COLUMN else []
 
     def refine(self, rows: Tensor | None, dial: Effort, shard_bytes: int, ids: Tensor) -> None:
         """Train what was written, its weights too where the dial says so; see `refine.py`."""

@@ -26,6 +26,8 @@ from lowbit.scheme import QuantScheme
 from lowbit.topology import Matrix
 
 T = TypeVar("T")
+COLUMNS = 256
+"""Of an error that are weighed at once: with fewer more is saved, and products get slower."""
 
 
 class Task(NamedTuple):
@@ -167,6 +169,17 @@ def _row_errors(
     whole: list[Tensor] = []
     for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):
         for found, value in ((lost, part - rounded.dequantize()), (whole, part)):
-            with bfloat16_products():  # a report needs three digits, not seven
-                found.append((value if hessian is None or blind else value @ hessian).mul(value).sum(1))
+            found.append(value.square().sum(1) if hessian is None or blind else _diagonal(value, hessian))
     return torch.cat(lost), torch.cat(whole)
+
+
+def _diagonal(value: Tensor, hessian: Tensor) -> Tensor:
+    """The diagonal of `V H V^T`; H is symmetric, so what lies above its diagonal is counted twice."""
+    found = torch.zeros(len(value), device=value.device)
+    for start in range(0, len(hessian), COLUMNS):
+        stop = min(start + COLUMNS, len(hessian))
+        here = value[:, start:stop]
+        with bfloat16_products():  # a report needs three digits, not seven
+            above = value[:, :start] @ hessian[:start, start:stop]
+            found += above.mul_(2).addmm_(here, hessian[start:stop, start:stop]).mul_(here).sum(1)
+    return found

@@ -158,7 +158,7 @@ def test_a_loaded_model_runs_through_them(
 def test_where_they_cannot_be_torch_serves(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_processor", lambda: {"avx2"})
+    monkeypatch.setattr(native.compiled, "processor", lambda: {"avx2"})
     packed = lowbit.load(checkpoint("llama"))
     assert speed.kernels_of(packed) == "torch"
     assert native.lacking() == "the native kernels need avx512f, which this CPU lacks: run without them"
@@ -166,16 +166,16 @@ def test_where_they_cannot_be_torch_serves(
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_processor", lambda: {"avx2"})
+    monkeypatch.setattr(native.compiled, "processor", lambda: {"avx2"})
     with pytest.raises(LowbitError, match="need avx512f, which this CPU lacks"):
         native.enable()
-    monkeypatch.setattr(native, "_processor", lambda: set(native._NEEDED))
+    monkeypatch.setattr(native.compiled, "processor", lambda: set(native._NEEDED))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.compiled.shutil, "which", lambda name: None)
     with pytest.raises(LowbitError, match="install gcc"):
         native.enable()
-    monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/false")
+    monkeypatch.setattr(native.compiled.shutil, "which", lambda name: "/bin/false")
     with pytest.raises(LowbitError, match="can't compile"):
         native.enable()
     assert not native.enabled()
