@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Environments without lowbit in them, kept between runs: transformers alone; vLLM and llama.cpp.
 export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock

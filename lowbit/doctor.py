@@ -199,6 +199,7 @@ def check_kernels() -> list[Finding]:
     native.prefer()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     findings = [_try_kernel(name, bits) for name in devices for bits in SUPPORTED_BITS]
+    findings.append(Finding("cpu rounding", True, _how_columns_are_rounded()))
     if len(devices) == 1:
         findings.append(Finding("cuda", False, _why_no_gpu()))
     return findings
@@ -220,6 +221,15 @@ def _try_kernel(device: str, bits: int) -> Finding:
         wrong = f"{detail}: gives wrong results (relative error {error:.2g}); use another version of torch"
         return Finding(name, False, wrong, needed=True)
     return Finding(name, True, detail, needed=True)
+
+
+def _how_columns_are_rounded() -> str:
+    import torch
+
+    from lowbit.algorithms import columns
+
+    reasons = columns.notes(torch.device("cpu"))
+    return "; ".join(reasons) if reasons else "C kernel"
 
 
 def _means(layout: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit import ranks, sensitivity
 from lowbit import source as sources
+from lowbit.algorithms import BY_COLUMN
 from lowbit.batches import Data, find_batches
 from lowbit.blocks import Progress
 from lowbit.effort import DEFAULT, EFFORTS
@@ -32,10 +33,6 @@ from lowbit.work import Work
 
 SAMPLES, LENGTH = 16, 256
 """Rows and tokens of each that price the groups."""
-
-
-COMPENSATED = ("quick", "gptq", "qronos")
-"""Methods that let later columns make up for an error."""
 
 
 def base_scheme(
@@ -93,7 +90,7 @@ def spend(
         rows,
         room.schemes,
         compressed_tensors.SCALE_DTYPE,
-        method in COMPENSATED,
+        method in BY_COLUMN,
         device,
         progress,
     )

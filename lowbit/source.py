@@ -38,6 +38,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lowbit import identity, origin, pages, untrusted
 from lowbit.errors import LowbitError
+from lowbit.moments import is_finite
 from lowbit.quiet import quiet
 from lowbit.untrusted import NEVER_TRUSTED
 
@@ -289,8 +290,7 @@ class Source:
     def _check_finite(self, keys: Iterable[str]) -> None:
         for name in {self._parameter_of[key] for key in keys}:
             weight = self.model.get_parameter_or_buffer(name)
-            # aminmax passes NaN on, and needs no copy of an embedding of a gigabyte.
-            if weight.is_floating_point() and not all(map(torch.isfinite, weight.aminmax())):
+            if weight.is_floating_point() and not is_finite(weight):
                 raise LowbitError(f"{self.folder}: {name} holds NaN or infinite weights: get a sound copy")
 
     def rest(self) -> None:

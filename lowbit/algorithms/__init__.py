@@ -73,6 +73,6 @@ ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "quick": quick, "gptq": gptq, "a
 ONE_PASS = {"quick"}
 """For these a block runs once: they are observed on what the original carries on, not the rounded model."""
 BY_COLUMN = {"quick", "gptq", "qronos"}
-"""These round one column after the other; what does it is found in `columns.py`."""
+"""These round one column after the other (`columns.py`), and later columns make up for an error."""
 REWRITES: dict[str, Rewrite] = {"awq": awq.find_channel_scales}
 CORRECTIONS: dict[str, Correction] = {"qronos": qronos.correct}

@@ -43,12 +43,12 @@ def test_what_is_far_from_the_grid_gets_its_last_code() -> None:
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(3, 64, False)], ids=str)
 def test_gptq_rounds_alike(scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole algorithm with the kernel and with the loop: the same codes but for ties, the same error."""
-    x = torch.randn(400, 192) @ torch.randn(192, 192) / 14
-    weight, hessian = torch.randn(48, 192), x.T @ x / 400
+    x = torch.randn(400, 64) @ torch.randn(64, 64) / 8
+    weight, hessian = torch.randn(40, 64), x.T @ x / 400
     found = []
     for kernel in (round_columns, None):
         monkeypatch.setattr(columns, "sweep", lambda device, block_size, kernel=kernel: kernel)
-        rounded, note = gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16)
+        rounded, note = gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16, block_size=32)
         assert not note
         found.append(rounded)
     assert (found[0].codes != found[1].codes).float().mean() < 0.02
