@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-EFFORTS = ("fast", "balanced", "high", "max")
+from lowbit.effort import EFFORTS
+
 RUNS = [
     *((name, 4, "symmetric") for name in ("rtn", "awq", "gptq", "balanced", "high", "max")),
     *((name, 4, "asymmetric") for name in ("rtn", "awq", "gptq", "balanced", "high", "max")),
@@ -46,11 +47,12 @@ def measure(
     options: argparse.Namespace, method: str, bits: int, symmetry: str, folder: Path
 ) -> dict[str, Any]:
     """Quantize and evaluate once."""
+    own_data = method in EFFORTS and EFFORTS[method].dataset is not None
     made = lowbit(
         "quantize", options.model, "--output", str(folder),
         "--effort" if method in EFFORTS else "--method", method, "--bits", str(bits),
         "--group-size", options.group_size, f"--{symmetry}", "--seq-len", str(options.seq_len),
-        *([] if method == "fast" else ["--dataset", options.calibration, "--samples", str(options.samples)]),
+        *([] if own_data else ["--dataset", options.calibration, "--samples", str(options.samples)]),
         "--seed", str(options.seed), "--overwrite",
     )  # fmt: skip
     found = lowbit(

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from peer_table import between_markers, table
 
+from lowbit.effort import EFFORTS
+
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 
@@ -112,7 +114,6 @@ RUNS = [
     *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
     Run("lowbit", "rtn", 8, symmetric=True),
 ]  # fmt: skip
-EFFORTS = ("fast", "balanced", "high", "max")
 
 
 def environment(name: str, folder: Path) -> Path:
@@ -231,11 +232,12 @@ def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[s
         kept = options.keep.resolve() / f"{Path(options.model).name}-{run.name.removeprefix('lowbit-')}"
         kept.parent.mkdir(parents=True, exist_ok=True)
         (folder / "made").symlink_to(kept)
+    own_data = run.method in EFFORTS and EFFORTS[run.method].dataset is not None
     made = lowbit(
         "quantize", options.model, "--output", (folder / "made").resolve(), "--overwrite",
         "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
         "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
-        *([] if run.method == "fast" else ["--dataset", options.calibration, "--samples", options.samples]),
+        *([] if own_data else ["--dataset", options.calibration, "--samples", options.samples]),
         "--seq-len", options.seq_len, "--seed", options.seed,
     )  # fmt: skip
     parts = [part for part in lowbit("inspect", (folder / "made").resolve())["parts"] if part["quantized"]]
