@@ -44,24 +44,27 @@ def library(source: Path, features: Sequence[str]) -> ctypes.CDLL:
 
 
 def _compile(source: Path, flags: Sequence[str]) -> Path:
-    content = source.read_bytes() + " ".join(flags).encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
-    path = cache / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
+    try:
+        content = source.read_bytes() + " ".join(flags).encode()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+        path = cache / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                made = Path(scratch) / path.name
+                _run(source, flags, made)
+                made.replace(path)  # in one step: another process may be doing the same
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
+        raise LowbitError(f"{source.name} can't be compiled ({error}): set XDG_CACHE_HOME") from error
+    return path
+
+
+def _run(source: Path, flags: Sequence[str], made: Path) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None:
         raise LowbitError("kernels in C need a C compiler and there is none: install gcc, or set CC")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / path.name
-            command = [compiler, *flags, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise LowbitError(f"{compiler} can't compile {source.name} ({said}): set CC to gcc >= 9")
-            made.replace(path)  # in one step: another process may be doing the same
-    except OSError as error:
-        raise LowbitError(f"kernels in C can't be written to {cache}: {error}") from error
-    return path
+    command = [compiler, *flags, str(source), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LowbitError(f"{compiler} can't compile {source.name} ({said}): set CC to gcc >= 9")

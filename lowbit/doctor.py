@@ -82,7 +82,7 @@ class Diagnosis:
         python: Version of Python.
         versions: Installed version of each library, None where it is not installed.
         devices: Processors that `--device` may name.
-        kernels: One finding per device and width of a code.
+        kernels: One finding per device and width of a code, and one for the rounding of columns.
         formats: One per format that is read or written.
         extras: One per optional feature.
         libraries: One per library that is missing, broken or of a version that lowbit doesn't work with.
@@ -191,7 +191,7 @@ def _memory() -> tuple[int, int]:
 
 
 def check_kernels() -> list[Finding]:
-    """Each width of a code multiplied on each device, or why it can't be."""
+    """Each width of a code multiplied on each device, and columns rounded, or why they can't be."""
     import torch
 
     from lowbit import native
@@ -199,7 +199,7 @@ def check_kernels() -> list[Finding]:
     native.prefer()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     findings = [_try_kernel(name, bits) for name in devices for bits in SUPPORTED_BITS]
-    findings.append(Finding("cpu rounding", True, _how_columns_are_rounded()))
+    findings.append(_try_rounding())
     if len(devices) == 1:
         findings.append(Finding("cuda", False, _why_no_gpu()))
     return findings
@@ -223,13 +223,24 @@ def _try_kernel(device: str, bits: int) -> Finding:
     return Finding(name, True, detail, needed=True)
 
 
-def _how_columns_are_rounded() -> str:
+def _try_rounding() -> Finding:
+    """Columns rounded by the kernel that GPTQ uses on this CPU, against the grid itself."""
     import torch
 
+    from lowbit import grid
     from lowbit.algorithms import columns
 
-    reasons = columns.notes(torch.device("cpu"))
-    return "; ".join(reasons) if reasons else "C kernel"
+    kernel = columns.sweep(torch.device("cpu"), 64)
+    if kernel is None:
+        return Finding("cpu rounding", True, f"torch's operations; {columns.lacking(torch.device('cpu'))}")
+    scheme, random = QuantScheme(4, 64), torch.Generator().manual_seed(0)
+    values = torch.randn(64, 96, generator=random)
+    scales, zeros = torch.full((1, 96), 0.3), torch.full((1, 96), 8.0)
+    groups, alone = torch.zeros(64, dtype=torch.int64), torch.zeros(64, 64)
+    levels, _ = kernel(values, alone, scales, zeros, groups, scheme.levels - 1, values)
+    if not torch.equal(levels + zeros, grid.nearest_codes(values, scales, zeros, scheme)):
+        return Finding("cpu rounding", False, "gives wrong results: set CC to another compiler", needed=True)
+    return Finding("cpu rounding", True, "C kernel", needed=True)
 
 
 def _means(layout: str) -> str:

@@ -22,7 +22,7 @@ from lowbit.hardware import bfloat16_products
 def is_finite(matrix: Tensor) -> bool:
     """No NaN and nothing infinite in a matrix, without a copy of it."""
     # aminmax passes NaN on, and needs no copy of an embedding of a gigabyte.
-    along = matrix if matrix.is_contiguous() else matrix.T  # as Cholesky returns it
+    along = matrix.T if matrix.ndim == 2 and not matrix.is_contiguous() else matrix  # as of Cholesky
     return not matrix.numel() or all(map(torch.isfinite, along.aminmax()))
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowbit import beside, checkpoint, hub_source, identity, origin, places, planning, ranks, topology
 from lowbit import effort as effort_dial
 from lowbit import source as sources
-from lowbit.algorithms import ALGORITHMS, CORRECTIONS, columns
+from lowbit.algorithms import ALGORITHMS, BY_COLUMN, CORRECTIONS, columns
 from lowbit.batches import Data, find_batches
 from lowbit.blocks import Progress
 from lowbit.budget import keep_to
@@ -208,7 +208,7 @@ def _inputs(
         "loss": dial.loss,
         "dtype": str(opened.dtype),
         "device": device.type,
-        "columns": columns.name(device),
+        "columns": columns.name(device) if options["method"] in BY_COLUMN else None,
         **identity.versions(*(["triton"] if device.type == "cuda" else [])),
     }
 

@@ -55,6 +55,10 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     if native is not None:
         for name, value in {"_library": None, "_lacking": "", "_declined": False}.items():
             monkeypatch.setattr(native, name, value)
+    columns = sys.modules.get("lowbit.algorithms.columns")
+    if columns is not None:
+        for found in (columns.sweep, columns.lacking, columns._library):
+            found.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,13 @@ MOST_COLUMNS = 1024
 """Of a block on a CPU: a thread holds 256 bytes for each on its stack."""
 _SOURCE = Path(__file__).with_name("sweep.c")
 _FEATURES = (("avx512f",), ("avx2", "fma"))
-"""Of a processor, the best first; with less the loop is as fast."""
+"""Of a processor, the best first. With less the loop is as fast."""
 
 
 @cache
 def sweep(device: torch.device, block_size: int) -> Sweep | None:
     """The kernel, where it runs; None: use the loop. Where a GPU has to, a warning says so."""
-    if device.type == "cpu" and not _lacking_cpu() and block_size <= MOST_COLUMNS:
+    if device.type == "cpu" and not lacking(device) and block_size <= MOST_COLUMNS:
         return partial(_round_columns, _library())
     if device.type != "cuda":
         return None
@@ -47,20 +47,23 @@ def sweep(device: torch.device, block_size: int) -> Sweep | None:
 
 
 def notes(device: torch.device) -> list[str]:
-    """What a summary has to say of the way that columns are rounded on `device`."""
-    reason = _lacking_cpu() if device.type == "cpu" else ""
+    """What a summary has to say of the way that columns are rounded on `device`: what can be mended."""
+    reason = lacking(device) if device.type == "cpu" and _features() else ""
     return [f"columns were rounded by torch's operations, which takes longer: {reason}"] if reason else []
 
 
 def name(device: torch.device) -> str:
     """What rounds columns there: the order of sums depends on it, and so do codes half way between two."""
-    if device.type == "cpu":
-        return "torch" if _lacking_cpu() else "C"
-    return "triton" if device.type == "cuda" and _lacking_gpu(device, 1) is None else "torch"
+    if device.type in ("cpu", "cuda") and not lacking(device):
+        return "C" if device.type == "cpu" else "triton"
+    return "torch"
 
 
 @cache
-def _lacking_cpu() -> str:
+def lacking(device: torch.device) -> str:
+    """Why the loop of torch's operations has to serve on a CPU or CUDA device; empty where it need not."""
+    if device.type == "cuda":
+        return _lacking_gpu(device, 1) or ""
     try:
         _library()
     except LowbitError as error:
@@ -68,12 +71,16 @@ def _lacking_cpu() -> str:
     return ""
 
 
+def _features() -> tuple[str, ...] | None:
+    own = compiled.processor()
+    return next((some for some in _FEATURES if own.issuperset(some)), None)
+
+
 @cache
 def _library() -> ctypes.CDLL:
-    own = compiled.processor()
-    features = next((some for some in _FEATURES if own.issuperset(some)), None)
+    features = _features()
     if features is None:
-        raise LowbitError("kernels in C for rounding need avx2 and fma, which this CPU lacks")
+        raise LowbitError("the C kernel is for Linux on x86-64 with AVX2")
     library = compiled.library(_SOURCE, features)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.lowbit_round_columns.argtypes = [
@@ -87,12 +94,20 @@ def _round_columns(
     library: ctypes.CDLL, base: Tensor, mixing: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor,
     largest: int, start: Tensor, inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `lowbit_kernels.reference.round_columns`; all float32 but int64 `groups`."""
+    """As `lowbit_kernels.reference.round_columns`.
+
+    Raises:
+        ValueError: what C could not tell: another dtype, a tensor that is not contiguous, shapes that differ.
+    """
     if mixing.stride(1) != 1:
         mixing = mixing.contiguous()
-    read = [base, mixing, scales, zeros, groups, start] + ([] if inverse is None else [inverse])
-    assert all(one.is_contiguous() for one in read if one is not mixing)
-    assert all(one.dtype == (torch.int64 if one is groups else torch.float32) for one in read)
+    values = [base, scales, zeros, start] + ([] if inverse is None else [inverse])
+    if not all(one.is_contiguous() and one.dtype == torch.float32 for one in values):
+        raise ValueError("every tensor has to be contiguous and float32")
+    if base.shape != start.shape or not scales.shape == zeros.shape == (len(scales), base.shape[1]):
+        raise ValueError(f"columns of {[tuple(one.shape) for one in values]} don't go together")
+    if mixing.dtype != torch.float32 or groups.dtype != torch.int64 or not groups.is_contiguous():
+        raise ValueError(f"mixing is {mixing.dtype}, groups are {groups.dtype}: use float32 and int64")
     levels, errors = torch.empty_like(start), torch.empty_like(start)
     library.lowbit_round_columns(
         base.data_ptr(), mixing.data_ptr(), mixing.stride(0), scales.data_ptr(), zeros.data_ptr(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,19 +12,10 @@ import torch
 import lowbit
 from lowbit import LowbitError, QuantScheme, compiled
 from lowbit.algorithms import columns, gptq
+from lowbit.results import Report
 from lowbit_kernels import reference
 
 CPU = torch.device("cpu")
-CACHED = (columns.sweep, columns._lacking_cpu, columns._library)
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    for found in CACHED:
-        found.cache_clear()
-    yield
-    for found in CACHED:
-        found.cache_clear()
 
 
 @pytest.fixture(params=columns._FEATURES, ids=lambda features: features[0])
@@ -108,24 +99,84 @@ def test_a_block_that_is_too_wide_is_left_to_the_loop() -> None:
     assert columns.sweep(CPU, columns.MOST_COLUMNS + 1) is None
 
 
-def test_without_a_compiler_the_summary_says_so(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_c_could_not_tell_is_refused(kernel: columns.Sweep) -> None:
+    base, mixing, scales, zeros, groups, *rest = example(32, 8, True)
+    assert isinstance(base, torch.Tensor)
+    assert isinstance(scales, torch.Tensor)
+    assert isinstance(groups, torch.Tensor)
+    with pytest.raises(ValueError, match="contiguous and float32"):
+        kernel(base.double(), mixing, scales, zeros, groups, *rest)
+    with pytest.raises(ValueError, match="don't go together"):
+        kernel(base, mixing, scales[:, :1].contiguous(), zeros, groups, *rest)
+    with pytest.raises(ValueError, match=r"groups are torch\.int32"):
+        kernel(base, mixing, scales, zeros, groups.int(), *rest)
+
+
+def small_run(source: Path, target: Path, method: str = "gptq") -> Report:
+    return lowbit.quantize(
+        source, QuantScheme(4, 32), output=target, method=method, dataset="self", samples=4, seq_len=32
+    )
+
+
+def told(report: Report) -> list[str]:
+    return [note for note in report.notes if "columns were rounded by torch's operations" in note]
+
+
+@pytest.mark.parametrize(
+    ("flags", "noted"), [({"avx2", "fma"}, True), ({"sse2"}, False)], ids=["no compiler", "another processor"]
+)
+def test_the_summary_says_what_can_be_mended(
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: set[str],
+    noted: bool,
 ) -> None:
-    monkeypatch.setattr(compiled, "processor", lambda: {"sse2"})
-    source, target = tiny_model("llama"), tmp_path / "made"
-    report = lowbit.quantize(source, QuantScheme(4, 32), output=target, dataset="self", samples=4, seq_len=32)
+    monkeypatch.setattr(compiled, "processor", lambda: flags)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    report = small_run(tiny_model("llama"), tmp_path / "made")
     assert columns.name(CPU) == "torch"
-    assert [note for note in report.notes if "columns were rounded by torch's operations" in note]
+    assert bool(told(report)) == noted
+    assert ("install gcc" in "".join(told(report))) == noted
+    assert not told(small_run(tiny_model("llama"), tmp_path / "nearest", "rtn"))
+
+
+def test_a_run_goes_on_with_the_loop_that_it_began_with(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: columns.Sweep
+) -> None:
+    """Sums in another order round otherwise, so another loop is refused; nearest codes need none."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("gptq", "rtn"):
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr("lowbit.road.Road.verify", stop)
+            with pytest.raises(KeyboardInterrupt):
+                small_run(tiny_model("llama"), tmp_path / method, method)
+    monkeypatch.setattr(compiled, "processor", lambda: {"sse2"})
+    for found in (columns.sweep, columns.lacking, columns._library):
+        found.cache_clear()
+    with pytest.raises(LowbitError, match="columns C -> torch"):
+        small_run(tiny_model("llama"), tmp_path / "gptq")
+    assert small_run(tiny_model("llama"), tmp_path / "rtn", "rtn").output == tmp_path / "rtn"
 
 
 def test_refusals_of_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "wrong.c"
     source.write_text("not C")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(LowbitError, match=r"can't compile wrong\.c \(.*\): set CC to gcc >= 9"):
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(LowbitError, match=r"false can't compile wrong\.c \(.*\): set CC to gcc >= 9"):
         compiled.library(source, ())
-    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    with pytest.raises(LowbitError, match=r"none\.c can't be compiled"):
+        compiled.library(tmp_path / "none.c", ())
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(LowbitError, match="install gcc, or set CC"):
         compiled.library(source, ())
     assert not list((tmp_path / "lowbit").iterdir())
+    source.with_name("lowbit2").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "lowbit2"))
+    with pytest.raises(LowbitError, match=r"wrong\.c can't be compiled \(.*\): set XDG_CACHE_HOME"):
+        compiled.library(source, ())
