@@ -2,8 +2,8 @@
 
 A loop of torch's operations is a dozen calls a column. A GPU waits for Python that often, so
 `lowbit_kernels.sweep` takes the loop's place there. On a CPU `sweep.c` does, compiled when it is first
-needed: it keeps what the loop sends through memory in the first-level cache, and takes a third to an eighth
-of the time. Where neither can be had, the loop serves; `notes` says why.
+needed: it keeps what the loop sends through memory in the first-level cache, and takes a seventh to two
+fifths of the time. Where neither can be had, the loop serves; `notes` says why.
 """
 
 from __future__ import annotations
