@@ -172,4 +172,6 @@ def hub(hub_models: Callable[[str], Path], hub_cache: Path, monkeypatch: pytest.
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(hub_cache))
+        # transformers keeps a client, which would go on asking the hub that it was made for, for minutes.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         yield hub
