@@ -26,6 +26,25 @@ def is_finite(matrix: Tensor) -> bool:
     return not matrix.numel() or all(map(torch.isfinite, along.aminmax()))
 
 
+def output_errors(errors: Tensor, hessian: Tensor, block_size: int = 256) -> Tensor:
+    """The diagonal of `D H D^T`, float32 `[out]`: the expected squared error of each output.
+
+    Args:
+        errors: D, of a weight, float32 `[out, in]`.
+        hessian: H, float32 `[in, in]`, the mean of `x x^T`.
+        block_size: Columns that are multiplied at once; speed only.
+
+    H is symmetric: the blocks above its diagonal count twice and those below are not multiplied.
+    """
+    found = torch.zeros(len(errors), device=errors.device)
+    for start in range(0, errors.shape[1], block_size):
+        stop = start + block_size
+        here = errors[:, start:stop]
+        seen = (errors[:, :start] @ hessian[:start, start:stop]).mul_(2)
+        found += seen.addmm_(here, hessian[start:stop, start:stop]).mul_(here).sum(1)
+    return found
+
+
 def tile_of(width: int) -> int:
     """Columns per product, of which only tiles on and right of the diagonal are computed.
 

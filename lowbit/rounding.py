@@ -19,15 +19,13 @@ from lowbit import ranks
 from lowbit.algorithms import ALGORITHMS, CORRECTIONS
 from lowbit.calibration import STARVED, Group, pool
 from lowbit.hardware import bfloat16_products
-from lowbit.moments import is_finite
+from lowbit.moments import is_finite, output_errors
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
 from lowbit.scheme import QuantScheme
 from lowbit.topology import Matrix
 
 T = TypeVar("T")
-COLUMNS = 256
-"""Of an error that are weighed at once: with fewer more is saved, and products get slower."""
 
 
 class Task(NamedTuple):
@@ -169,17 +167,8 @@ def _row_errors(
     whole: list[Tensor] = []
     for part, rounded in zip(parts, weight.split_rows([len(part) for part in parts]), strict=True):
         for found, value in ((lost, part - rounded.dequantize()), (whole, part)):
-            found.append(value.square().sum(1) if hessian is None or blind else _diagonal(value, hessian))
+            with bfloat16_products():  # a report needs three digits, not seven
+                found.append(
+                    value.square().sum(1) if hessian is None or blind else output_errors(value, hessian)
+                )
     return torch.cat(lost), torch.cat(whole)
-
-
-def _diagonal(value: Tensor, hessian: Tensor) -> Tensor:
-    """The diagonal of `V H V^T`; H is symmetric, so what lies above its diagonal is counted twice."""
-    found = torch.zeros(len(value), device=value.device)
-    for start in range(0, len(hessian), COLUMNS):
-        stop = min(start + COLUMNS, len(hessian))
-        here = value[:, start:stop]
-        with bfloat16_products():  # a report needs three digits, not seven
-            above = value[:, :start] @ hessian[:start, start:stop]
-            found += above.mul_(2).addmm_(here, hessian[start:stop, start:stop]).mul_(here).sum(1)
-    return found

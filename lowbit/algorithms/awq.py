@@ -20,7 +20,7 @@ from lowbit import grid
 from lowbit.algorithms import rtn
 from lowbit.errors import LowbitError
 from lowbit.hardware import bfloat16_products
-from lowbit.moments import is_finite
+from lowbit.moments import is_finite, output_errors
 from lowbit.quantized import QuantizedWeight
 from lowbit.scheme import QuantScheme
 
@@ -145,19 +145,5 @@ def _scaled_error(
         if factors is not None:
             errors /= factors
         with bfloat16_products():  # candidates differ by percents, products by a thousandth
-            total += output_error(errors, hessian)
-    return total
-
-
-def output_error(errors: Tensor, hessian: Tensor, block_size: int = 512) -> float:
-    """`tr(D H D^T)`, the expected squared error of the output, of `errors = D [out, in]`.
-
-    H is symmetric: the blocks above its diagonal count twice and those below are not multiplied.
-    """
-    total = 0.0
-    for start in range(0, errors.shape[1], block_size):
-        here = errors[:, start : start + block_size]
-        seen = 2 * errors[:, :start] @ hessian[:start, start : start + block_size]
-        seen += here @ hessian[start : start + block_size, start : start + block_size]
-        total += float((seen * here).sum())
+            total += float(output_errors(errors, hessian).sum())
     return total
