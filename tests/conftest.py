@@ -57,8 +57,7 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
             monkeypatch.setattr(native, name, value)
     columns = sys.modules.get("lowbit.algorithms.columns")
     if columns is not None:
-        for found in (columns.sweep, columns.lacking, columns._library):
-            found.cache_clear()
+        columns._on_cpu.cache_clear()
 
 
 @pytest.fixture(scope="session")

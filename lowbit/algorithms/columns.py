@@ -2,8 +2,8 @@
 
 A loop of torch's operations is a dozen calls a column. A GPU waits for Python that often, so
 `lowbit_kernels.sweep` takes the loop's place there. On a CPU `sweep.c` does, compiled when it is first
-needed: it keeps what the loop sends through memory in the first-level cache, and takes a seventh to two
-fifths of the time. Where neither can be had, the loop serves; `notes` says why.
+needed: it keeps what the loop sends through memory in the first-level cache (docs/LOG.md). Where neither
+can be had, the loop serves; `notes` says why.
 """
 
 from __future__ import annotations
@@ -30,64 +30,54 @@ _FEATURES = (("avx512f",), ("avx2", "fma"))
 """Of a processor, the best first. With less the loop is as fast."""
 
 
-@cache
 def sweep(device: torch.device, block_size: int) -> Sweep | None:
     """The kernel, where it runs; None: use the loop. Where a GPU has to, a warning says so."""
-    if device.type == "cpu" and not lacking(device) and block_size <= MOST_COLUMNS:
-        return partial(_round_columns, _library())
-    if device.type != "cuda":
-        return None
-    reason = _lacking_gpu(device, block_size)
-    if reason is None:
-        return _kernels().round_columns  # type: ignore[no-any-return]
-    warnings.warn(
-        f"lowbit: rounding on {device} is many times slower than it could be: {reason}", stacklevel=2
-    )
-    return None
+    if device.type == "cpu":
+        return _on_cpu()[0] if block_size <= MOST_COLUMNS else None
+    return _on_gpu(device, block_size) if device.type == "cuda" else None
 
 
 def notes(device: torch.device) -> list[str]:
     """What a summary has to say of the way that columns are rounded on `device`: what can be mended."""
-    reason = lacking(device) if device.type == "cpu" and _features() else ""
-    return [f"columns were rounded by torch's operations, which takes longer: {reason}"] if reason else []
+    reason = lacking(device)
+    if not reason or (device.type == "cpu" and _features() is None):
+        return []
+    return [f"columns were rounded by torch's operations, which takes longer: {reason}"]
 
 
 def name(device: torch.device) -> str:
     """What rounds columns there: the order of sums depends on it, and so do codes half way between two."""
-    if device.type in ("cpu", "cuda") and not lacking(device):
-        return "C" if device.type == "cpu" else "triton"
-    return "torch"
+    return "torch" if lacking(device) else {"cpu": "C", "cuda": "triton"}[device.type]
 
 
-@cache
 def lacking(device: torch.device) -> str:
-    """Why the loop of torch's operations has to serve on a CPU or CUDA device; empty where it need not."""
-    if device.type == "cuda":
-        return _lacking_gpu(device, 1) or ""
-    try:
-        _library()
-    except LowbitError as error:
-        return str(error)
-    return ""
-
-
-def _features() -> tuple[str, ...] | None:
-    own = compiled.processor()
-    return next((some for some in _FEATURES if own.issuperset(some)), None)
+    """Why the loop of torch's operations has to serve on a device; empty where it need not."""
+    if device.type == "cpu":
+        return _on_cpu()[1]
+    return _lacking_gpu(device, 1) if device.type == "cuda" else f"no kernel is for {device.type}"
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _on_cpu() -> tuple[Sweep | None, str]:
+    """The C kernel, or why it can't be had."""
     features = _features()
     if features is None:
-        raise LowbitError("the C kernel is for Linux on x86-64 with AVX2")
-    library = compiled.library(_SOURCE, features)
+        return None, "the C kernel is for Linux on x86-64 with AVX2"
+    try:
+        library = compiled.library(_SOURCE, features)
+    except LowbitError as error:
+        return None, str(error)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.lowbit_round_columns.argtypes = [
         *[pointer] * 2, size, *[pointer] * 3, number, *[pointer] * 4, size, size, ctypes.c_int
     ]  # fmt: skip
     library.lowbit_round_columns.restype = None
-    return library
+    return partial(_round_columns, library), ""
+
+
+def _features() -> tuple[str, ...] | None:
+    own = compiled.processor()
+    return next((some for some in _FEATURES if own.issuperset(some)), None)
 
 
 def _round_columns(
@@ -117,7 +107,18 @@ def _round_columns(
     return levels, errors
 
 
-def _lacking_gpu(device: torch.device, block_size: int) -> str | None:
+@cache
+def _on_gpu(device: torch.device, block_size: int) -> Sweep | None:
+    reason = _lacking_gpu(device, block_size)
+    if not reason:
+        return _kernels().round_columns  # type: ignore[no-any-return]
+    warnings.warn(
+        f"lowbit: rounding on {device} is many times slower than it could be: {reason}", stacklevel=3
+    )
+    return None
+
+
+def _lacking_gpu(device: torch.device, block_size: int) -> str:
     try:
         most = _kernels().MOST_COLUMNS
     except ImportError as error:
@@ -126,7 +127,7 @@ def _lacking_gpu(device: torch.device, block_size: int) -> str | None:
         return "the kernels need Ampere (sm_80) or newer"
     if block_size > most:
         return f"block_size={block_size} is more than the kernel's {most}"
-    return None
+    return ""
 
 
 def _kernels() -> Any:
