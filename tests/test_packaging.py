@@ -48,7 +48,7 @@ def test_two_import_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     ("package", "folder"), [("lowbit", "lowbit"), ("lowbit_kernels", "triton_kernels/lowbit_kernels")]
 )
 def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile, package: str, folder: str) -> None:
-    files = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.[pc]*")
+    files = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*")
              if path.suffix in (".py", ".c")}  # fmt: skip
     assert files - set(wheel.namelist()) == set()
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit import QuantScheme, Target, checkpoint, identity, road, training, work
+from lowbit.algorithms import columns
 from lowbit.errors import LowbitError
 from lowbit.results import Report
 from lowbit.verify import VerificationError
@@ -141,26 +143,22 @@ def stopped(run: Callable[..., Path], stop_after: Callable[[int | None], None], 
 
 
 @pytest.mark.parametrize(
-    ("options", "difference"),
+    ("options", "told"),
     [
         ({"samples": 8, "seed": 7}, "samples 16 -> 8, seed 0 -> 7"),
         ({"scheme": QuantScheme(3, 32)}, "scheme w4g32 -> w3g32"),
-        ({"method": "rtn"}, "method gptq -> rtn"),
+        ({"method": "rtn"}, "method gptq -> rtn, columns {columns} -> None"),
         ({"skip": ["down_proj"]}, "skip [] -> ['down_proj']"),
     ],
 )
 def test_changed_options_are_named(
-    run: Callable[..., Path],
-    stop_after: Callable[[int | None], None],
-    tmp_path: Path,
-    options: dict[str, Any],
-    difference: str,
+    run: Folders, stop_after: Callable[[int | None], None], tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     stopped(run, stop_after)
     with pytest.raises(LowbitError, match="add --restart to start over") as refusal:
         run(**options)
-    assert f"holds a run with {difference}" in str(refusal.value)
-    assert ": give what it was started with" in str(refusal.value)
+    told = told.format(columns=columns.name(torch.device("cpu")))
+    assert f"holds a run with {told}: give what it was started with" in str(refusal.value)
     assert not hasattr(refusal.value, "kept")
     assert (tmp_path / "out.lowbit-work" / "state.json").is_file()
     run(**options, restart=True)
