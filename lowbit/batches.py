@@ -77,14 +77,10 @@ def find_batches(
     name = "lowbit's passages" if spec == PASSAGES else spec
     if len(tokens) < samples:
         report.notes.append(f"{name} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
-    rounding, mixed = tokens[: data.samples if calibrated else 0], 0
-    if data.mix and spec != PASSAGES:
-        rounding, mixed = passages.mixed(rounding, tokenizer, data.seed)
-        wanted = passages.share_of(len(rounding))
-        if mixed < wanted:
-            report.notes.append(f"lowbit's passages fill {mixed} rows of {seq_len} tokens, not {wanted}")
+    rounding = tokens[: data.samples if calibrated else 0]
     report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
-    report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
+    if data.mix and spec != PASSAGES:
+        rounding = _mix(rounding, tokenizer, data, report)
     # Eight batches or more where that can be had: one of them is held out by a method that corrects.
     # Who is in a hurry takes all at once.
     least = ranks.size() if method in ONE_PASS else 8
@@ -126,6 +122,16 @@ def _draw(
     return spec, sampling.sample_from_model(
         whole, *asked, lambda n, of: progress("sample", n, of, "writing text")
     )
+
+
+def _mix(rows: Tensor, tokenizer: PreTrainedTokenizerBase, data: Data, report: Report) -> Tensor:
+    """Rows with the passages' share among them; the report says how many."""
+    rows, mixed = passages.mixed(rows, tokenizer, data.seed)
+    wanted = passages.share_of(len(rows))
+    if mixed < wanted:
+        report.notes.append(f"lowbit's passages fill {mixed} rows of {data.seq_len} tokens, not {wanted}")
+    report.calibration += f", {mixed} of the rows from lowbit's passages" if mixed else ""
+    return rows
 
 
 def draw_rows(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> Tensor:

@@ -11,12 +11,13 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lowbit.record import hub_id
 from lowbit.report import evaluation_runs, grouped, significant, size, with_error
@@ -50,8 +51,7 @@ def write(record: dict[str, Any], folder: Path) -> str | None:
 def render(record: Mapping[str, Any]) -> str:
     """The card of a record as text."""
     quantization, evaluations = record["quantization"], record["evaluations"]
-    environment = Environment(loader=PackageLoader("lowbit"), undefined=StrictUndefined, autoescape=False)
-    return environment.get_template("model_card.md.jinja").render(
+    return _template().render(
         card_data=metadata(record).to_yaml(),
         name=record["name"],
         repo=record.get("repo_id") or record["name"],
@@ -164,6 +164,12 @@ def _renew_metadata(record: Mapping[str, Any], path: Path) -> str:
     except (ValueError, yaml.YAMLError):
         return f"{path} was edited and its header can't be read: left as it is"
     return f"{path} was edited: its text is left as it is, the measured figures in its header are new"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=PackageLoader("lowbit"), undefined=StrictUndefined, autoescape=False)
+    return environment.get_template("model_card.md.jinja")
 
 
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,8 @@ def library(source: Path, features: Sequence[str]) -> ctypes.CDLL:
     Raises:
         LowbitError: there is no compiler that works, or nowhere to keep what it makes.
     """
+    if not source.is_file():
+        raise LowbitError(f"{source} is missing: install lowbit again")
     path = _compile(source, [*_FLAGS, *(f"-m{name.replace('_', '')}" for name in features)])
     try:
         return ctypes.CDLL(str(path))

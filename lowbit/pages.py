@@ -5,30 +5,30 @@ layout is made from a packed weight, nothing reads the original again until it i
 keeps its pages as long as nobody else asks for memory. `release` says that they can go. What they held
 is in the file; touching them again reads it back. `trim` returns the memory of temporaries.
 
-Only mappings of safetensors files are released to which nobody has written, as the kernel's own account
-of them says. Everything else, and every system but Linux, is left alone.
+Only pages of safetensors files are released to which nobody has written, as the kernel's own account of
+them says (`pagemap`; `smaps` would tell it too, but looks at all the memory of a process for it). Everything
+else, and every system but Linux, is left alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-_MAPS = Path("/proc/self/smaps")
-_SHOWS_FILE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*\.safetensors$", re.MULTILINE)
-_COPIED = re.compile(r"^Anonymous: +(\d+) kB$", re.MULTILINE)  # a line of every mapping
+_PROCESS = Path("/proc/self")
+_HERE, _OF_FILE = np.uint64(0b11 << 62), np.uint64(1 << 61)  # Linux: Documentation/admin-guide/mm/pagemap.rst
 _DONT_NEED = 4
 _MMAP_THRESHOLD = -3
 
 
 def release(tensors: Iterable[Tensor]) -> int:
     """Let the whole pages under `tensors` go; returns their bytes."""
-    mapped = _untouched_files()
+    mapped = _mapped_files()
     if not mapped:
         return 0
     library = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +40,7 @@ def release(tensors: Iterable[Tensor]) -> int:
         if not any(start <= first and last <= stop for start, stop in mapped):
             continue
         first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
+        if last > first and _as_on_disk(first, last):
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
             released += last - first
     return released
@@ -78,15 +78,23 @@ def return_large() -> None:
         library.mallopt(_MMAP_THRESHOLD, 2**20)
 
 
-def _untouched_files() -> list[tuple[int, int]]:
-    """Address ranges of this process that show a safetensors file, every page as it is on disk."""
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that show a safetensors file."""
     try:
-        maps = _MAPS.read_text(encoding="utf-8", errors="replace")
+        maps = (_PROCESS / "maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    ranges: list[tuple[int, int]] = []
-    for found in _SHOWS_FILE.finditer(maps):
-        copied = _COPIED.search(maps, found.end())
-        if copied and int(copied[1]) == 0:  # no page was copied on write
-            ranges.append((int(found[1], 16), int(found[2], 16)))
-    return ranges
+    ranges = [line.split(maxsplit=1)[0] for line in maps.splitlines() if line.endswith(".safetensors")]
+    return [(int(start, 16), int(stop, 16)) for start, _, stop in (one.partition("-") for one in ranges)]
+
+
+def _as_on_disk(first: int, last: int) -> bool:
+    """Do all pages in a range of addresses show a file, or lie on disk? One that was written to is a copy."""
+    size = np.dtype(np.uint64).itemsize
+    try:
+        with (_PROCESS / "pagemap").open("rb") as file:
+            file.seek(first // mmap.PAGESIZE * size)
+            entries = np.frombuffer(file.read((last - first) // mmap.PAGESIZE * size), np.uint64)
+    except OSError:
+        return False
+    return len(entries) > 0 and not bool((((entries & _HERE) != 0) & ((entries & _OF_FILE) == 0)).any())

@@ -13,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def evaluation_runs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def page(template: str, **values: Any) -> str:
     """One of our templates, filled in; what is missing is an error, what is text is escaped."""
+    return _templates().get_template(template).render(**values)
+
+
+@cache
+def _templates() -> Environment:
+    """Templates are compiled once in a process."""
     environment = Environment(
         loader=PackageLoader("lowbit"),
         autoescape=True,
@@ -74,7 +81,7 @@ def page(template: str, **values: Any) -> str:
     environment.filters |= {"size": size, "pm": with_error, "seconds": seconds, "sig": significant}
     environment.globals["kl_level"] = kl_level
     environment.globals["kl_levels"] = KL_LEVELS
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def size(count: float) -> str:

@@ -162,6 +162,8 @@ def main() -> None:
     if options.step:
         quantize_once(options)
         return
+    if options.model and not (options.calibration and options.text):
+        parser.error("a model needs --calibration and --text")
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
     names = ("samples", "seq_len", "eval_seq_len", "bits", "group_size", "asymmetric")

@@ -314,6 +314,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("compare_peers.jsonl"))
     parser.add_argument("--docs", type=Path, help="page that gets the table between its markers")
     options = parser.parse_args()
+    if options.model and not (options.calibration and options.text):
+        parser.error("a model needs --calibration and --text")
     text = options.results.read_text() if options.results.exists() else ""
     known = [json.loads(line) for line in text.splitlines()]
     settings = settings_of(options, "samples", "seq_len", "seed", "eval_seq_len") if options.model else {}

@@ -127,7 +127,7 @@ def test_it_works_without_triton(tiny_model: Callable[..., Path], tmp_path: Path
                     raise TypeError("bad argument type for built-in operation")
                 super().__init__(name, *rest, **options)
         ctypes.CDLL = Library
-        lowbit.pages._MAPS = lowbit.pages._MAPS.with_name("no-such-file")  # /proc
+        lowbit.pages._PROCESS = lowbit.pages._PROCESS / "no-such-folder"  # /proc
         model, output = sys.argv[1:]
         lowbit.quantize(model, lowbit.QuantScheme(4, 32), output=output, method="rtn")
         loaded = lowbit.load(output)

@@ -31,10 +31,18 @@ _FEATURES = (("avx512f",), ("avx2", "fma"))
 
 
 def sweep(device: torch.device, block_size: int) -> Sweep | None:
-    """The kernel, where it runs; None: use the loop. Where a GPU has to, a warning says so."""
-    if device.type == "cpu":
-        return _on_cpu()[0] if block_size <= MOST_COLUMNS else None
-    return _on_gpu(device, block_size) if device.type == "cuda" else None
+    """The kernel, where it runs; None: use the loop. A warning says so on a GPU, and for too large a block."""
+    if device.type == "cuda":
+        return _on_gpu(device, block_size)
+    kernel = _on_cpu()[0] if device.type == "cpu" else None
+    if kernel is None or block_size <= MOST_COLUMNS:
+        return kernel
+    warnings.warn(
+        f"lowbit: columns are rounded several times slower with block_size={block_size}: "
+        f"the C kernel takes {MOST_COLUMNS} at most",
+        stacklevel=3,
+    )
+    return None
 
 
 def notes(device: torch.device) -> list[str]:

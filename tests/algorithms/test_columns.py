@@ -169,7 +169,7 @@ def test_refusals_of_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CC", "false")
     with pytest.raises(LowbitError, match=r"false can't compile wrong\.c \(.*\): set CC to gcc >= 9"):
         compiled.library(source, ())
-    with pytest.raises(LowbitError, match=r"none\.c can't be compiled"):
+    with pytest.raises(LowbitError, match=r"none\.c is missing: install lowbit again"):
         compiled.library(tmp_path / "none.c", ())
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(LowbitError, match="install gcc, or set CC"):
@@ -179,3 +179,9 @@ def test_refusals_of_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "lowbit2"))
     with pytest.raises(LowbitError, match=r"wrong\.c can't be compiled \(.*\): set XDG_CACHE_HOME"):
         compiled.library(source, ())
+
+
+def test_a_block_too_large_for_the_kernel_is_told(kernel: Sweep) -> None:
+    with pytest.warns(UserWarning, match="block_size=2048: the C kernel takes 1024 at most"):
+        assert columns.sweep(torch.device("cpu"), 2048) is None
+    assert columns.sweep(torch.device("cpu"), 1024) is not None
