@@ -21,7 +21,8 @@ import numpy as np
 from torch import Tensor
 
 _PROCESS = Path("/proc/self")
-_HERE, _OF_FILE = np.uint64(0b11 << 62), np.uint64(1 << 61)  # Linux: Documentation/admin-guide/mm/pagemap.rst
+# Bits of an entry: in memory or swapped; of a file. Linux: Documentation/admin-guide/mm/pagemap.rst
+_HERE, _OF_FILE = np.uint64(0xC000_0000_0000_0000), np.uint64(0x2000_0000_0000_0000)
 _DONT_NEED = 4
 _MMAP_THRESHOLD = -3
 

@@ -31,7 +31,7 @@ _FEATURES = (("avx512f",), ("avx2", "fma"))
 
 
 def sweep(device: torch.device, block_size: int) -> Sweep | None:
-    """The kernel, where it runs; None: use the loop. A warning says so on a GPU, and for too large a block."""
+    """The kernel, where it runs; None: use the loop. A warning says so on a GPU, and of too large a block."""
     if device.type == "cuda":
         return _on_gpu(device, block_size)
     kernel = _on_cpu()[0] if device.type == "cpu" else None

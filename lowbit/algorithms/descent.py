@@ -101,7 +101,8 @@ class _State:
 
     def choose_codes(self) -> None:
         """One pass over the columns: for each the code that is best beside the others as they are now."""
-        count, sweep = len(self.hessian), columns.sweep(self.levels.device, self._block_size)
+        count = len(self.hessian)
+        sweep = columns.sweep(self.levels.device, min(self._block_size, count))
         for start in range(0, count, self._block_size):
             stop = min(start + self._block_size, count)
             if sweep is not None:

@@ -195,7 +195,7 @@ def _round_columns(
     """Codes, uint8 `[out, in]`, of `weight` on the grid `scales, zeros [out, groups]`."""
     feedback, order = factors.feedback, factors.order
     groups = order // scheme.columns_per_group(len(order))
-    group_of, sweep = groups.tolist(), columns.sweep(weight.device, block_size)
+    group_of, sweep = groups.tolist(), columns.sweep(weight.device, min(block_size, len(order)))
     scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
     wanted_at_first = weight.T.float()[order]
     errors = torch.zeros_like(wanted_at_first)

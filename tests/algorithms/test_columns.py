@@ -181,7 +181,7 @@ def test_refusals_of_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         compiled.library(source, ())
 
 
-def test_a_block_too_large_for_the_kernel_is_told(kernel: Sweep) -> None:
+def test_a_block_too_large_for_the_kernel_is_told(kernel: columns.Sweep) -> None:
     with pytest.warns(UserWarning, match="block_size=2048: the C kernel takes 1024 at most"):
-        assert columns.sweep(torch.device("cpu"), 2048) is None
-    assert columns.sweep(torch.device("cpu"), 1024) is not None
+        assert columns.sweep(CPU, 2048) is None
+    assert columns.sweep(CPU, 1024) is kernel
