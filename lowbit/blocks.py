@@ -189,7 +189,8 @@ class BlockQuantizer:
                 pair.rounded(done)
             pair.carry_twins()
             self._tell(number, "carrying on", batches)
-            self._advance(number, self._mine)
+            for _ in pair.carry():
+                self._tell(number, "carrying on", 1)
         return quantized, layers, pair.uncut
 
     def _observe(self, number: int, groups: Sequence[Group]) -> None:

@@ -119,15 +119,15 @@ def find_writers(
 
 
 def sum_behind(
-    stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]]
+    stream: Stream, block: int, batch: int, stages: Sequence[Sequence[Group]], read: Tensor | None = None
 ) -> tuple[dict[Matrix, Tensor], Tensor]:
-    """Run a block with all but the first of `stages`, and those before it, silent.
+    """Run a block with all but the first of `stages`, and those before it, silent; `read` as in `Stream.run`.
 
     Returns:
         What each of their matrices reads, `[..., in]`, and the block's output, `[..., hidden]`.
     """
     with Silence(matrices_of(stages[:1]), matrices_of(stages[1:])) as silence:
-        carried = stream.run(block, batch)
+        carried = stream.run(block, batch, read=read)
     return silence.seen, carried
 
 

@@ -65,12 +65,14 @@ class Halves(NamedTuple):
         tail: Holds the stages behind it, the first of which is one input: the module's own. None where there
             is no such module.
         direct: Does the head give what the writer gives, unchanged?
+        tail_direct: Does the tail give what the last matrix gives, unchanged?
     """
 
     writer: int
     head: Half
     tail: Half | None = None
     direct: bool = False
+    tail_direct: bool = False
 
     def sum_behind(
         self,
@@ -87,13 +89,25 @@ class Halves(NamedTuple):
         with ExitStack() as stack:
             given = stack.enter_context(self.tail.silent()) if self.tail else []
             if known is not None:
-                with torch.no_grad():
-                    result = stages[0][0].matrices[0].owner(known)
-                stack.enter_context(self.head.silent(result))
+                stack.enter_context(self.head.silent(_product(stages[0][0].matrices[0], known)))
             seen, carried = correction.sum_behind(stream, block, batch, stages)
         if given:
             seen[stages[1][0].matrices[0]] = given[0].detach()
         return seen, carried
+
+    def behind(
+        self, stream: Stream, block: int, batch: int, last: Matrix, known: Tensor, read: Tensor | None = None
+    ) -> Tensor:
+        """The block's output where the head is silent, the tail direct, and its last matrix reads `known`."""
+        assert self.tail is not None
+        with self.tail.silent(_product(last, known)):
+            return stream.run(block, batch, read=read)
+
+
+def _product(matrix: Matrix, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = matrix.owner(x)
+    return result
 
 
 def find_halves(
@@ -130,6 +144,12 @@ def find_halves(
     if head.widths[0] == carried.shape[-1]:  # else its result is none that is added
         _, alone = cut.sum_behind(stream, block, batch, stages[writer:], known)
         cut = cut._replace(direct=_alike(carried, alone))
+    last = late[-1]
+    if cut.tail and len(stages[-1]) == 1 and last.shape[0] == cut.tail.widths[0] == carried.shape[-1]:
+        with head.silent():
+            seen, _ = correction.sum_behind(stream, block, batch, [[stages[-1][0]]], read=carried)
+            found = cut.behind(stream, block, batch, last, seen[last], carried)
+        cut = cut._replace(tail_direct=_alike(whole, found))
     return cut
 
 

@@ -3,12 +3,13 @@
 Both streams of activations are in one `Stream`, the original's behind the quantized model's and the probe.
 A block is looked at stage by stage (`correction.py`), each behind the rounding of the one before. Where the
 block can be cut in two (`halves.py`), both streams carry the sum behind the first matrix that writes once
-that is rounded, and what made it does not run again.
+that is rounded, and what made it does not run again. What a matrix that writes has read is kept, up to a
+size, so that carrying on needs no more than its product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from torch import Tensor
@@ -19,6 +20,9 @@ from lowbit.correction import Originals
 from lowbit.halves import find_halves
 from lowbit.stream import Stream
 from lowbit.topology import Matrix
+
+KEPT_BYTES = 2**30
+"""Of what matrices that write have read, at most; none where activations are spilled to files."""
 
 
 class Pair:
@@ -87,6 +91,17 @@ class Pair:
             self._stream.hidden[batch] = carried
         self._behind.enter_context(self._cut.head.silent())
 
+    def carry(self) -> Iterator[int]:
+        """Carry the quantized model's batches over the block, yielding each when it is through."""
+        for batch in self._batches:
+            known = self._inputs.pop(batch, None)
+            if known is None or self._cut is None:
+                yield from self._stream.advance(self._block, [batch])
+                continue
+            last = self.stages[-1][0].matrices[0]
+            self._stream.hidden[batch] = self._cut.behind(self._stream, self._block, batch, last, known)
+            yield batch
+
     def carry_twins(self) -> None:
         """Carry the original's batches over the block, where that was not done in looking at it."""
         if len(self.stages) - 1 not in self.writers:
@@ -129,5 +144,7 @@ class Pair:
                     other.add(seen[other.matrices[0]])
         if cut or len(stages) == 1:  # nothing was silent: it is the original's output
             self._stream.hidden[self.twin(batch)] = wanted
-        if cut and cut.direct and not self._stream.hidden.is_limited:
+        direct = cut.direct if cut else len(stages) == 1 and self._cut is not None and self._cut.tail_direct
+        kept = sum(known.nbytes for known in self._inputs.values())
+        if direct and not self._stream.hidden.is_limited and kept + x.nbytes <= KEPT_BYTES:
             self._inputs[batch] = x

@@ -21,25 +21,28 @@ from tests.test_correction import opened
 
 # Attention and MLP read one norm in phi; in gemma3 nothing writes; OPT's fc1 and fc2 lie in the block itself.
 HALVES = {
-    "llama": ("self_attn", "mlp", True),
-    "qwen2": ("self_attn", "mlp", True),
-    "phi3": ("self_attn", "mlp", True),
-    "gpt2": ("attn", "mlp", True),
-    "opt": ("self_attn", None, True),
-    "mixtral": ("self_attn", None, True),
+    "llama": ("self_attn", "mlp", True, True),
+    "qwen2": ("self_attn", "mlp", True, True),
+    "phi3": ("self_attn", "mlp", True, True),
+    "gpt2": ("attn", "mlp", True, True),
+    "opt": ("self_attn", None, True, False),
+    "mixtral": ("self_attn", None, True, False),
     "phi": None,
 }
 
 
-def cut_of(folder: Path) -> tuple[str, str | None, bool] | None:
-    """Names of the halves of the first block, and is the first one's result the writer's?"""
+def cut_of(folder: Path) -> tuple[str, str | None, bool, bool] | None:
+    """Names of the halves of the first block, and is the result of each that of its last matrix?"""
     source, plan, stream = opened(folder)
     source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
     stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
     writers = correction.find_writers(stream, 0, 0, stages)
     cut = find_halves(stream, 0, 0, stages, min(writers))
     names = {module: name for name, module in plan.blocks[0].named_modules()}
-    return cut and (names[cut.head.module], names[cut.tail.module] if cut.tail else None, cut.direct)
+    if cut is None:
+        return None
+    tail = names[cut.tail.module] if cut.tail else None
+    return names[cut.head.module], tail, cut.direct, cut.tail_direct
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -94,8 +97,11 @@ def test_a_block_without_a_second_half_has_nothing_to_cut(tiny_model: Callable[.
     assert not any(Pair(stream, 0, 0, [], matrices, part).uncut for part in parts)
 
 
-@pytest.mark.parametrize("limit", [None, 0])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "limit", "kept"),
+    [*((family, limit, 2**30) for family in ("llama", "gpt2", "opt", "mixtral") for limit in (None, 0)),
+     ("llama", None, 30_000)],
+)  # fmt: skip
 def test_no_byte_depends_on_it(
     quantize: Callable[..., Report],
     tiny_model: Callable[..., Path],
@@ -103,8 +109,10 @@ def test_no_byte_depends_on_it(
     monkeypatch: pytest.MonkeyPatch,
     family: str,
     limit: int | None,
+    kept: int,
 ) -> None:
-    """Nor on whether what the writer read is kept, which it is not where activations are spilled."""
+    """Nor on whether what a writer read is kept, which it is not where activations are spilled."""
+    monkeypatch.setattr(pair, "KEPT_BYTES", kept)
     monkeypatch.setattr(road, "Carried", lambda count, in_memory, folder: Carried(count, limit, folder))
     options = {"method": "qronos", "samples": 12, **({"format": "gptq"} if family == "gpt2" else {})}
     found: list[Halves | None] = []
