@@ -62,7 +62,7 @@ $(INSTALLED): requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "make: $(PYTHON) has no venv module: install it (on Debian: apt install python3-venv)"; exit 1; }
 	@echo "==> creating $(VENV) and installing requirements-dev.lock (once, some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --requirement requirements-dev.lock
+	@$(BIN)/python -m pip install -qq --no-compile --requirement requirements-dev.lock
 	@echo "==> installing lowbit, editable"
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@

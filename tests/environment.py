@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 LOCK = Path(__file__).parents[1] / "requirements-dev.lock"
+INSTALL = ("-m", "pip", "install", "-qq", "--no-compile")  # of Python; what is imported is compiled then
 STOCK = ("torch", "transformers", "compressed-tensors", "accelerate", "gguf")  # the last two for GGUF
 
 
@@ -38,7 +39,7 @@ def build(
             made_for.unlink(missing_ok=True)
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], check=True)
             for arguments in installs:
-                subprocess.run([str(python), "-m", "pip", "install", "-qq", *arguments], check=True)
+                subprocess.run([str(python), *INSTALL, *arguments], check=True)
             made_for.write_text(wanted, encoding="utf-8")
     return python
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from tests.environment import INSTALL
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -145,7 +147,7 @@ def test_it_installs_in_a_clean_environment(
     """Nothing but the wheel and what its metadata asks for, away from the checkout."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     programs, lock = tmp_path / "venv" / "bin", ROOT / "requirements-dev.lock"
-    install = [str(programs / "python"), "-m", "pip", "install", "-qq", "--constraint", str(lock)]
+    install = [str(programs / "python"), *INSTALL, "--constraint", str(lock)]
     subprocess.run([*install, f"{wheel.filename}[gguf]"], check=True)
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
 

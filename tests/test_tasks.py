@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit import QuantScheme, record, tasks
 from lowbit.errors import LowbitError
 from lowbit.tasks import mcnemar, measure
+from tests.environment import INSTALL
 
 Folders = Callable[..., Path]
 HARNESS = "lm-eval==0.4.13"
@@ -229,7 +230,7 @@ def python_with_harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pins = [
         f"{name}=={sys.modules[name].__version__.partition('+')[0]}" for name in ("torch", "transformers")
     ]
-    subprocess.run([str(python), "-m", "pip", "install", "-qq", HARNESS, *pins], check=True)
+    subprocess.run([str(python), *INSTALL, HARNESS, *pins], check=True)
     return python
 
 
