@@ -113,6 +113,7 @@ RUNS = [
     *(run for method in ("fast", "gptq", "awq", "balanced", "high", "max") for run in both("lowbit", method)),
     *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
     Run("lowbit", "rtn", 8, symmetric=True),
+    Run("lowbit", "target-5.53", symmetric=True),  # the bits that Q4_K_M takes on these models
 ]  # fmt: skip
 
 
@@ -226,6 +227,16 @@ def quantize(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
     return last_json([*script, model, folder / "made", tokens, *method, "--group-size", group_size])
 
 
+def scheme_asked(run: Run, group_size: int) -> list[Any]:
+    """Options of `lowbit quantize`: an effort or a method with a scheme, or the bits to keep within."""
+    if run.method.startswith("target-"):
+        return ["--target-bpw", run.method.removeprefix("target-")]
+    return [
+        "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
+        "--group-size", group_size, "--symmetric" if run.symmetric else "--asymmetric",
+    ]  # fmt: skip
+
+
 def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """lowbit itself; `folder / "made"` is its packed checkpoint, or a link to where it is kept."""
     if options.keep:
@@ -235,8 +246,7 @@ def quantize_ours(run: Run, options: argparse.Namespace, folder: Path) -> dict[s
     own_data = run.method in EFFORTS and EFFORTS[run.method].dataset is not None
     made = lowbit(
         "quantize", options.model, "--output", (folder / "made").resolve(), "--overwrite",
-        "--effort" if run.method in EFFORTS else "--method", run.method, "--bits", run.bits,
-        "--group-size", options.group_size, "--symmetric" if run.symmetric else "--asymmetric",
+        *scheme_asked(run, options.group_size),
         *([] if own_data else ["--dataset", options.calibration, "--samples", options.samples]),
         "--seq-len", options.seq_len, "--seed", options.seed,
     )  # fmt: skip

@@ -9,7 +9,9 @@ MARKERS = ("<!-- peers: begin -->\n", "<!-- peers: end -->")
 
 
 def scheme_name(result: dict[str, Any]) -> str:
-    """Such as `w4g64 asym`."""
+    """Such as `w4g64 asym`; `mixed` where a target stands for it."""
+    if result["method"].startswith("target-"):
+        return "mixed"
     return f"w{result['bits']}g{result['group_size']} {'sym' if result['symmetric'] else 'asym'}"
 
 

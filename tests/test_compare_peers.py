@@ -89,6 +89,22 @@ def test_every_run_has_a_script_that_knows_its_method(module: Any) -> None:
             assert f'"{run.method}"' in script.read_text(encoding="utf-8"), run.name
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "scheme"),
+    [
+        ("high", ["--effort", "high", "--bits", 3, "--group-size", 128, "--symmetric"], "w3g128 sym"),
+        ("gptq", ["--method", "gptq", "--bits", 3, "--group-size", 128, "--symmetric"], "w3g128 sym"),
+        ("target-5.53", ["--target-bpw", "5.53"], "mixed"),
+    ],
+)
+def test_schemes_are_asked_for_as_they_are_named(
+    module: Any, method: str, options: list[Any], scheme: str
+) -> None:
+    run = module("compare_peers").Run("lowbit", method, 3, True)
+    assert module("compare_peers").scheme_asked(run, 128) == options
+    assert module("peer_table").scheme_name(run._asdict() | {"group_size": 128}) == scheme
+
+
 def test_peers_get_the_tokens_that_lowbit_draws(
     module: Any, tiny_model: Callable[..., Path], text_file: str, tmp_path: Path
 ) -> None:
