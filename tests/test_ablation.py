@@ -23,7 +23,7 @@ def ablation() -> Iterator[ModuleType]:
     sys.path.insert(0, str(SCRIPTS))
     yield importlib.import_module("ablation")
     sys.path.remove(str(SCRIPTS))
-    for name in ("ablation", "compare_peers", "peer_table"):
+    for name in ("ablation", "compare_peers", "peer_runs", "peer_table"):
         sys.modules.pop(name, None)
 
 

@@ -31,7 +31,7 @@ def module() -> Iterator[Callable[[str], ModuleType]]:
     yield importlib.import_module
     for folder in folders:
         sys.path.remove(folder)
-    for name in ("compare_peers", "peer_table", "dense", "gptq_file", "llama_cpp"):
+    for name in ("compare_peers", "peer_runs", "peer_table", "dense", "gptq_file", "llama_cpp"):
         if name not in before:
             sys.modules.pop(name, None)
 
