@@ -34,7 +34,7 @@ def library(source: Path, features: Sequence[str]) -> ctypes.CDLL:
     """The library of a C file, compiled for a processor with `features` if that was not done before.
 
     Raises:
-        LowbitError: there is no compiler that works, or nowhere to keep what it makes.
+        LowbitError: there is no such file, no compiler that works, or nowhere to keep what it makes.
     """
     if not source.is_file():
         raise LowbitError(f"{source} is missing: install lowbit again")

@@ -64,14 +64,14 @@ class Halves(NamedTuple):
         head: Holds that stage and those before it.
         tail: Holds the stages behind it, the first of which is one input: the module's own. None where there
             is no such module.
-        direct: Does the head give what the writer gives, unchanged?
+        head_direct: Does the head give what the writer gives, unchanged?
         tail_direct: Does the tail give what the last matrix gives, unchanged?
     """
 
     writer: int
     head: Half
     tail: Half | None = None
-    direct: bool = False
+    head_direct: bool = False
     tail_direct: bool = False
 
     def sum_behind(
@@ -95,7 +95,7 @@ class Halves(NamedTuple):
             seen[stages[1][0].matrices[0]] = given[0].detach()
         return seen, carried
 
-    def behind(
+    def output_behind(
         self, stream: Stream, block: int, batch: int, last: Matrix, known: Tensor, read: Tensor | None = None
     ) -> Tensor:
         """The block's output where the head is silent, the tail direct, and its last matrix reads `known`."""
@@ -143,14 +143,19 @@ def find_halves(
     known = seen[stages[writer][0].matrices[0]]
     if head.widths[0] == carried.shape[-1]:  # else its result is none that is added
         _, alone = cut.sum_behind(stream, block, batch, stages[writer:], known)
-        cut = cut._replace(direct=_alike(carried, alone))
-    last = late[-1]
-    if cut.tail and len(stages[-1]) == 1 and last.shape[0] == cut.tail.widths[0] == carried.shape[-1]:
+        cut = cut._replace(head_direct=_alike(carried, alone))
+    if tail is not None and _is_one_product(stages[-1]) and tail.widths[0] == carried.shape[-1]:
+        last = late[-1]
         with head.silent():
-            seen, _ = correction.sum_behind(stream, block, batch, [[stages[-1][0]]], read=carried)
-            found = cut.behind(stream, block, batch, last, seen[last], carried)
+            seen, _ = correction.sum_behind(stream, block, batch, stages[-1:], read=carried)
+            found = cut.output_behind(stream, block, batch, last, seen[last], carried)
         cut = cut._replace(tail_direct=_alike(whole, found))
     return cut
+
+
+def _is_one_product(stage: Sequence[Group]) -> bool:
+    """Is it one matrix, and a module of its own?"""
+    return [matrix.kind == "Expert" for group in stage for matrix in group.matrices] == [False]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

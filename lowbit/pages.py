@@ -82,20 +82,25 @@ def return_large() -> None:
 def _mapped_files() -> list[tuple[int, int]]:
     """Address ranges of this process that show a safetensors file."""
     try:
-        maps = (_PROCESS / "maps").read_text(encoding="utf-8", errors="replace")
+        maps = (_PROCESS / "maps").read_bytes()  # a path may hold anything but a line feed
     except OSError:
         return []
-    ranges = [line.split(maxsplit=1)[0] for line in maps.splitlines() if line.endswith(".safetensors")]
-    return [(int(start, 16), int(stop, 16)) for start, _, stop in (one.partition("-") for one in ranges)]
+    ranges = [line.split(maxsplit=1)[0] for line in maps.split(b"\n") if line.endswith(b".safetensors")]
+    return [(int(start, 16), int(stop, 16)) for start, _, stop in (one.partition(b"-") for one in ranges)]
 
 
 def _as_on_disk(first: int, last: int) -> bool:
-    """Do all pages in a range of addresses show a file, or lie on disk? One that was written to is a copy."""
-    size = np.dtype(np.uint64).itemsize
+    """Are pages of a range of addresses in memory, and does none of them differ from its file?
+
+    One that was written to is a copy. An account that knows of no page at all may be none of this process
+    (an emulator's), and is not believed.
+    """
+    size, count = np.dtype(np.uint64).itemsize, (last - first) // mmap.PAGESIZE
     try:
         with (_PROCESS / "pagemap").open("rb") as file:
             file.seek(first // mmap.PAGESIZE * size)
-            entries = np.frombuffer(file.read((last - first) // mmap.PAGESIZE * size), np.uint64)
+            entries = np.frombuffer(file.read(count * size), np.uint64)
     except OSError:
         return False
-    return len(entries) > 0 and not bool((((entries & _HERE) != 0) & ((entries & _OF_FILE) == 0)).any())
+    here, copied = (entries & _HERE) != 0, (entries & _OF_FILE) == 0
+    return len(entries) == count and bool(here.any()) and not bool((here & copied).any())

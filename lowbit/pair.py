@@ -22,7 +22,7 @@ from lowbit.stream import Stream
 from lowbit.topology import Matrix
 
 KEPT_BYTES = 2**30
-"""Of what matrices that write have read, at most; none where activations are spilled to files."""
+"""Of what a matrix that writes has read, at most; nothing where memory is limited."""
 
 
 class Pair:
@@ -60,7 +60,7 @@ class Pair:
         last = first >= len(self.stages) - 1
         self._cut = None if last else find_halves(stream, block, probe, self.stages, first)
         self.uncut = self._cut is None and len(self.stages) > 1 and first + 1 != len(self.stages)
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}  # of the writer at the cut, then of the last
         self._behind = ExitStack()
 
     def __enter__(self) -> Pair:
@@ -98,8 +98,8 @@ class Pair:
             if known is None or self._cut is None:
                 yield from self._stream.advance(self._block, [batch])
                 continue
-            last = self.stages[-1][0].matrices[0]
-            self._stream.hidden[batch] = self._cut.behind(self._stream, self._block, batch, last, known)
+            where, last = (self._stream, self._block, batch), self.stages[-1][0].matrices[0]
+            self._stream.hidden[batch] = self._cut.output_behind(*where, last, known)
             yield batch
 
     def carry_twins(self) -> None:
@@ -127,7 +127,7 @@ class Pair:
         """What a stage that writes lacks: the sum behind it, beside the original's.
 
         The stage after it is observed on the way, unless it writes, too. Where the block is cut here or ends
-        here, the twin carries its sum from now on.
+        here, the twin carries its sum from now on, and what the matrix reads is kept to carry the batch.
         """
         cut = self._cut if self._cut and self._cut.writer == done else None
         sum_behind = cut.sum_behind if cut else correction.sum_behind
@@ -144,7 +144,11 @@ class Pair:
                     other.add(seen[other.matrices[0]])
         if cut or len(stages) == 1:  # nothing was silent: it is the original's output
             self._stream.hidden[self.twin(batch)] = wanted
-        direct = cut.direct if cut else len(stages) == 1 and self._cut is not None and self._cut.tail_direct
+        if self._cut and (self._cut.head_direct if cut else len(stages) == 1 and self._cut.tail_direct):
+            self._keep(batch, x)
+
+    def _keep(self, batch: int, x: Tensor) -> None:
+        """Remember what a matrix reads, if there is room: its half has nothing to give but its product."""
         kept = sum(known.nbytes for known in self._inputs.values())
-        if direct and not self._stream.hidden.is_limited and kept + x.nbytes <= KEPT_BYTES:
+        if not self._stream.hidden.is_limited and kept + x.nbytes <= KEPT_BYTES:
             self._inputs[batch] = x

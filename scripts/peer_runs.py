@@ -77,5 +77,5 @@ RUNS = [
     *(run for method in ("fast", "gptq", "awq", "balanced", "high", "max") for run in both("lowbit", method)),
     *(Run("lowbit", method, bits) for bits in (3, 2) for method in ("gptq", "balanced", "high")),
     Run("lowbit", "rtn", 8, symmetric=True),
-    Run("lowbit", "target-5.53", symmetric=True),  # the bits that Q4_K_M takes on these models
+    Run("lowbit", "target-5.53", symmetric=True),  # the bits that Q4_K_M takes on SmolLM2
 ]  # fmt: skip

@@ -31,7 +31,7 @@ def module() -> Iterator[Callable[[str], ModuleType]]:
     yield importlib.import_module
     for folder in folders:
         sys.path.remove(folder)
-    for name in ("compare_peers", "peer_runs", "peer_table", "dense", "gptq_file", "llama_cpp"):
+    for name in ("ablation", "compare_peers", "peer_runs", "peer_table", "dense", "gptq_file", "llama_cpp"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -78,6 +78,16 @@ def test_a_table_is_made_without_torch(script: str, tmp_path: Path) -> None:
     code = f"import sys, {script}; {script}.main(); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "--results", str(tmp_path / "none.jsonl")]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+
+
+@pytest.mark.parametrize("script", ["compare_peers", "ablation"])
+def test_a_model_needs_texts(
+    module: Any, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "my-model", "--calibration", "text.txt"])
+    with pytest.raises(SystemExit):
+        module(script).main()
+    assert "a model needs --calibration and --text" in capsys.readouterr().err
 
 
 def test_every_run_has_a_script_that_knows_its_method(module: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -83,14 +85,47 @@ def test_pages_are_given_back_and_read_again(tmp_path: Path) -> None:
     assert int(mapped.sum()) == int(values.sum())
     if not resident(file.name):
         pytest.skip("this safetensors does not map files")
-    assert pages.release([mapped]) >= 4 * 2**20 - 2 * 4096
+    assert pages.release([mapped]) >= 4 * 2**20 - 2 * mmap.PAGESIZE
     assert resident(file.name) < 256  # of 4096; the system maps some pages around one that is touched
     assert torch.equal(mapped, values)
-    mapped[5000] = -1  # now it differs from the file, and must stay
+    mapped[2**19] = -1  # now it differs from the file, and must stay
     assert pages.release([mapped, values]) == 0
-    assert mapped[5000] == -1
-    assert pages.release([mapped, other]) >= 4 * 2**20 - 2 * 4096  # what lies beside it in the file may go
-    assert mapped[5000] == -1
+    assert mapped[2**19] == -1
+    assert int(other.sum()) == int(values.sum())
+    assert pages.release([mapped, other]) >= 4 * 2**20 - 2 * mmap.PAGESIZE  # its neighbour in the file may go
+    assert mapped[2**19] == -1
+
+
+FILE, COPY, SWAPPED, ABSENT = 0xA000_0000_0000_0000, 0x8000_0000_0000_0000, 0x4000_0000_0000_0000, 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([FILE, FILE], True),
+        ([FILE, ABSENT], True),
+        ([FILE, COPY], False),
+        ([FILE, SWAPPED], False),
+        ([ABSENT, ABSENT], False),  # nobody's account
+        ([FILE], False),
+        (None, False),
+    ],
+)
+def test_pages_that_may_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[int] | None, expected: bool
+) -> None:
+    """Bits of Linux's account of a page: present 63, swapped 62, of a file 61."""
+    monkeypatch.setattr(pages, "_PROCESS", tmp_path)
+    if entries is not None:
+        (tmp_path / "pagemap").write_bytes(np.array([0, *entries], np.uint64).tobytes())
+    assert pages._as_on_disk(mmap.PAGESIZE, 3 * mmap.PAGESIZE) is expected
+
+
+def test_mapped_files_are_found_below_odd_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_PROCESS", tmp_path)
+    lines = ["10-20 rw-p 0 fe:00 5  /a\rb\u2028/w.safetensors", "30-40 r--p 0 fe:00 6  /lib/x.so", ""]
+    (tmp_path / "maps").write_bytes("\n".join(lines).encode())
+    assert pages._mapped_files() == [(0x10, 0x20)]
 
 
 def test_released_weights_are_saved_whole(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

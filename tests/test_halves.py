@@ -17,6 +17,7 @@ from lowbit.carried import Carried
 from lowbit.halves import Halves, find_halves
 from lowbit.pair import Pair
 from lowbit.results import Report
+from lowbit.stream import Stream
 from tests.test_correction import opened
 
 # Attention and MLP read one norm in phi; in gemma3 nothing writes; OPT's fc1 and fc2 lie in the block itself.
@@ -42,7 +43,7 @@ def cut_of(folder: Path) -> tuple[str, str | None, bool, bool] | None:
     if cut is None:
         return None
     tail = names[cut.tail.module] if cut.tail else None
-    return names[cut.head.module], tail, cut.direct, cut.tail_direct
+    return names[cut.head.module], tail, cut.head_direct, cut.tail_direct
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -111,7 +112,7 @@ def test_no_byte_depends_on_it(
     limit: int | None,
     kept: int,
 ) -> None:
-    """Nor on whether what a writer read is kept, which it is not where activations are spilled."""
+    """Nor on whether what a writer read is kept, which it is not where memory is limited."""
     monkeypatch.setattr(pair, "KEPT_BYTES", kept)
     monkeypatch.setattr(road, "Carried", lambda count, in_memory, folder: Carried(count, limit, folder))
     options = {"method": "qronos", "samples": 12, **({"format": "gptq"} if family == "gpt2" else {})}
@@ -121,10 +122,21 @@ def test_no_byte_depends_on_it(
         found.append(find_halves(*args))  # type: ignore[arg-type]
         return found[-1]
 
+    direct: list[int] = []
+    output_behind = Halves.output_behind
+
+    def noted(self: Halves, stream: Stream, block: int, batch: int, *rest: Tensor) -> Tensor:
+        if len(rest) == 2:  # not where a block is tried
+            direct.append(batch)
+        return output_behind(self, stream, block, batch, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Halves, "output_behind", noted)
     monkeypatch.setattr(pair, "find_halves", counted)
     cut = quantize(tiny_model(family), output=tmp_path / "cut", **options)
     assert found
     assert all(found)
+    batches = 12 * 3 if limit is None and family in ("llama", "gpt2") else 0
+    assert len(direct) == batches if kept > 30_000 else 0 < len(direct) < batches
     monkeypatch.setattr(pair, "find_halves", lambda *args: None)
     whole = quantize(tiny_model(family), output=tmp_path / "whole", **options)
     one, other = (load_file(report.output / "model.safetensors") for report in (cut, whole))
