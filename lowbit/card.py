@@ -177,7 +177,7 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     parts = [part for part in record["parts"] if part["quantized"]]
     bits = 8 * sum(p["bytes"] for p in parts) / max(1, sum(p["weights"] for p in parts))
     yield "scheme", f"`{quantization['scheme']}`: {bits:.2f} bits per quantized weight"
-    yield "algorithm", quantization["method"].upper().replace("QUICK", "GPTQ in one pass")
+    yield "algorithm", quantization["method"].upper().replace("QUICK", "QUICK (GPTQ in one pass)")
     digest = quantization.get("tokens") and f" (SHA-256 of their ids: `{quantization['tokens']}...`)"
     yield "calibration", quantization["calibration"] + (digest or "")
     yield "format", quantization["format"]

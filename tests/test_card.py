@@ -55,6 +55,15 @@ def test_metadata(quantize: Run, source: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.content.startswith("---\n")
 
 
+@pytest.mark.parametrize(("method", "shown"), [("rtn", "RTN"), ("quick", "QUICK (GPTQ in one pass)")])
+def test_the_algorithm_is_named_as_it_is_asked_for(
+    quantize: Run, tiny_model: Folders, method: str, shown: str
+) -> None:
+    made = quantize(tiny_model("llama"), method=method, verify_output=False).output
+    assert dict(card._facts(record.load(made)))["algorithm"] == shown
+    assert shown in (made / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_model_of_the_hub_is_the_base_model(quantize: Run, tiny_model: Folders, tmp_path: Path) -> None:
     folder = tmp_path / "models--org--river-1.5B" / "snapshots" / "0123456789abcdef"
     shutil.copytree(tiny_model("llama"), folder)
