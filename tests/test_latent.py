@@ -31,6 +31,7 @@ def straight_through(latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_are_those_of_a_naive_twin_in_float64(symmetric: bool) -> None:
+    torch.manual_seed(0)  # gradients of gains are sums that may nearly cancel
     start = quantized(symmetric=symmetric)
     layer = LatentLinear(start, None, torch.float32)
     taken: dict[int, Tensor] = {}
