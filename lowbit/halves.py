@@ -144,7 +144,7 @@ def find_halves(
     if head.widths[0] == carried.shape[-1]:  # else its result is none that is added
         _, alone = cut.sum_behind(stream, block, batch, stages[writer:], known)
         cut = cut._replace(head_direct=_alike(carried, alone))
-    if tail is not None and _is_one_product(stages[-1]) and tail.widths[0] == carried.shape[-1]:
+    if cut.tail and _is_one_product(stages[-1]) and cut.tail.widths[0] == carried.shape[-1]:
         last = late[-1]
         with head.silent():
             seen, _ = correction.sum_behind(stream, block, batch, stages[-1:], read=carried)

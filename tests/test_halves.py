@@ -75,6 +75,19 @@ def test_the_sum_stands_in_for_the_input(tiny_model: Callable[..., Path]) -> Non
     assert stream.run(0, 1).isnan().all()
 
 
+def test_a_tail_that_is_refused_is_not_run(tiny_model: Callable[..., Path]) -> None:
+    """An MLP that changes its input first reads something else than its first matrices do."""
+    source, plan, stream = opened(tiny_model("llama"), 2)
+    source.load(source.keys_under([f"{plan.path}.0"]), torch.device("cpu"))
+    mlp = plan.blocks[0].mlp
+    usual = type(mlp)
+    mlp.__class__ = type("Scaled", (usual,), {"forward": lambda self, x: usual.forward(self, x * 2)})
+    stages = correction.stages(find_groups(plan.matrices(0), lambda: stream.run(0, 0)))
+    cut = find_halves(stream, 0, 0, stages, 1)
+    assert cut is not None
+    assert (cut.tail, cut.head_direct, cut.tail_direct) == (None, True, False)
+
+
 @pytest.mark.parametrize(
     ("family", "method", "blocks"),
     [("llama", "qronos", 0), ("mixtral", "qronos", 0), ("phi", "qronos", 3), ("gemma3", "qronos", 4),
