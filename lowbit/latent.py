@@ -18,7 +18,7 @@ to its own gradient.
 The layer takes that step inside its own backward pass, some rows at a time, and the gradient of a weight is
 never whole in memory. (A layer that runs twice in a pass takes two steps.) Bytes per weight: 4 for the
 latent, 2 for its first moment (bfloat16: a mean over 10 steps, whose noise is far above the rounding), 1
-for the code, and the weight itself.
+for the code, and 2 or 4 for the weight itself, as the model works in bfloat16 or in float32.
 """
 
 from __future__ import annotations

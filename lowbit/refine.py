@@ -58,6 +58,7 @@ def refine(
     weights_too: bool = False,
     loss: str = "original",
     tokens_per_step: int = TOKENS_PER_STEP,
+    dtype: torch.dtype = torch.bfloat16,
     max_shard_size: int = 5 * 10**9,
     device: torch.device | None = None,
     progress: Progress | None = None,
@@ -75,6 +76,8 @@ def refine(
         weights_too: Train the codes, too (`latent.py`).
         loss: `original`: KL from the original. `data`: cross-entropy of the rows themselves.
         tokens_per_step: Tokens between two steps of the optimizer.
+        dtype: Precision of activations and their gradients; what is trained is float32. For float16, in which
+            gradients of single tokens vanish, bfloat16 is taken.
         max_shard_size: Bytes of a shard.
         device: Where to train.
         progress: Told about every row and step.
@@ -89,10 +92,10 @@ def refine(
     if fmt is None:
         raise LowbitError(f"{folder} is not quantized in a format that lowbit reads: quantize it first")
     where = device or torch.device("cpu")
-    learned = loss == "data"
-    targets = list(next_tokens(tokens)) if learned else _targets(original, tokens, where, told)
+    learned, dtype = loss == "data", torch.bfloat16 if dtype == torch.float16 else dtype
+    targets = list(next_tokens(tokens)) if learned else _targets(original, tokens, dtype, where, told)
     weights = _weights(folder, fmt, quantization)
-    model = hf.load(folder, packed=False, dtype=torch.bfloat16 if learned else targets[0].dtype, device=where)
+    model = hf.load(folder, packed=False, dtype=dtype, device=where)
     done = distill(
         model, weights, tokens, targets, epochs=epochs, latent_rate=LATENT_RATE if weights_too else None,
         tokens_per_step=tokens_per_step,
@@ -109,9 +112,11 @@ def refine(
     return Refined(done.before, done.after, done.held_out, done.steps, kept, changed if kept else {})
 
 
-def _targets(original: Path, tokens: Tensor, device: torch.device, told: Progress) -> list[Tensor]:
+def _targets(
+    original: Path, tokens: Tensor, dtype: torch.dtype, device: torch.device, told: Progress
+) -> list[Tensor]:
     """What the original's head reads for every row; the original itself is let go."""
-    model = hf.load_stock(original, torch.bfloat16, device)
+    model = hf.load_stock(original, dtype, device)
     targets = []
     for number, found in enumerate(head_inputs(model, tokens.split(1))):
         targets.append(found[0].cpu())

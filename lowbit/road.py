@@ -254,8 +254,9 @@ class Road:
         try:
             done = refine(
                 work.checkpoint, self.source.folder, refined, rows, epochs=dial.epochs,
-                weights_too=dial.weights, loss=dial.loss, max_shard_size=shard_bytes,
-                device=self.device, progress=self.progress, resume_from=work.load("training"), keep=keep,
+                weights_too=dial.weights, loss=dial.loss, dtype=self.source.dtype,
+                max_shard_size=shard_bytes, device=self.device, progress=self.progress,
+                resume_from=work.load("training"), keep=keep,
             )  # fmt: skip
         except LowbitError as error:  # what was rounded stands, and took longer
             if dial.weights:  # but training was asked for by name

@@ -47,9 +47,9 @@ class Norms:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow the gains after a step of the optimizer."""
+        """Follow the gains after a step of the optimizer, rounded as most files will hold them."""
         for name, weight in self.weights().items():
-            self._parameters[name].copy_(weight)
+            self._parameters[name].copy_(weight.to(torch.bfloat16))
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:

@@ -100,10 +100,10 @@ def test_training_brings_the_model_closer(family: str, tiny_model: Callable[...,
     for name, weight in done.weights.items():
         fresh.get_submodule(name).weight.data = weight.dequantize(torch.bfloat16).float()
     for name, norm in done.norms.items():
-        fresh.get_parameter(name).data = norm
+        fresh.get_parameter(name).data = norm.bfloat16().float()  # as most files hold it
     with torch.no_grad():
         p, q = (m(input_ids=rows(48)[45:]).logits.log_softmax(-1) for m in (original, fresh))
-    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(done.after, rel=1e-3)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(done.after, rel=1e-5)
 
 
 def test_too_few_rows_are_refused(tiny_model: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lowbit import QuantScheme, hf, quantize
 from lowbit.blocks import fingerprint
+from lowbit.distill import distill
 from lowbit.errors import LowbitError
 from lowbit.refine import refine
 
@@ -72,6 +74,28 @@ def test_effort_high_trains_or_says_why_not(
     assert any(told in note for note in report.notes), report.notes
     assert report.verification is not None
     assert divergence(tmp_path / "out", tiny_model(family)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.bfloat16)],
+)
+def test_training_works_in_the_precision_of_the_rounding(
+    asked: str, taken: torch.dtype, tiny_model: Callable[..., Path], text_file: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen = []
+
+    def spy(model: Any, weights: Any, tokens: Tensor, targets: list[Tensor], **options: Any) -> Any:
+        seen.append((model.dtype, targets[0].dtype))
+        return distill(model, weights, tokens, targets, **options)
+
+    monkeypatch.setattr("lowbit.refine.distill", spy)
+    quantize(
+        tiny_model("llama"), QuantScheme(4, 32), output=tmp_path / "out", effort="high", dtype=asked,
+        dataset=text_file, samples=16, seq_len=32,
+    )  # fmt: skip
+    assert seen == [(taken, taken)]
 
 
 def test_a_model_that_is_not_quantized_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
