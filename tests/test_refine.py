@@ -44,7 +44,9 @@ def test_only_scales_and_norms_change(
 ) -> None:
     original = tiny_model("llama")
     folder = checkpoint("llama", QuantScheme(4, 32, format != "awq"), format=format)
-    done = refine(folder, original, tmp_path / "refined", rows(), epochs=12, tokens_per_step=512)
+    done = refine(
+        folder, original, tmp_path / "refined", rows(), epochs=12, tokens_per_step=512, dtype=torch.float32
+    )
     assert done.kept
     assert done.after < done.before
     before, after = tensors(folder), tensors(tmp_path / "refined")
@@ -68,7 +70,7 @@ def test_effort_high_trains_or_says_why_not(
 ) -> None:
     report = quantize(
         tiny_model(family), QuantScheme(3, 32, False), output=tmp_path / "out", effort="high", epochs=20,
-        format="gptq", dataset=text_file, samples=48, seq_len=64,
+        format="gptq", dataset=text_file, samples=48, seq_len=64, dtype="float32",
     )  # fmt: skip
     assert report.method == "qronos"
     assert any(told in note for note in report.notes), report.notes

@@ -30,7 +30,8 @@ def test_codes_scales_and_norms_change_and_nothing_else(
     original = tiny_model("llama")
     folder = checkpoint("llama", QuantScheme(4, 32, symmetric), format=format)
     done = refine(
-        folder, original, tmp_path / "trained", rows(), epochs=6, weights_too=True, tokens_per_step=512
+        folder, original, tmp_path / "trained", rows(), epochs=6, weights_too=True, tokens_per_step=512,
+        dtype=torch.float32,
     )  # fmt: skip
     assert done.kept
     before, after = tensors(folder), tensors(tmp_path / "trained")
@@ -68,7 +69,7 @@ def test_without_a_step_the_file_is_the_same_to_the_byte(
 def test_qat_is_one_call(loss: str, tiny_model: Folders, text_file: str, tmp_path: Path) -> None:
     report = lowbit.qat(
         tiny_model("llama"), QuantScheme(2, 32), output=tmp_path / "out", dataset=text_file, epochs=20,
-        effort="fast", loss=loss, samples=48, seq_len=24,
+        effort="fast", loss=loss, samples=48, seq_len=24, dtype="float32",
     )  # fmt: skip
     (note,) = [note for note in report.notes if note.startswith("weights, scales and norms trained for")]
     assert ("cross-entropy on" if loss == "data" else "KL on") in note
