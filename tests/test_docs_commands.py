@@ -13,18 +13,18 @@ import itertools
 import os
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tomllib
 import typer
 
 from lowbit import cli
+from tests.script import run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -109,10 +109,9 @@ def check_make(arguments: list[str]) -> None:
 
 @functools.cache
 def help_of(script: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    with mock.patch.dict(os.environ, COLUMNS="200", NO_COLOR="1"):
+        done = run(ROOT / script, "--help", cwd=ROOT)
+    if done.code:
         raise BadCommand(f"{script} --help fails: {done.stderr[-500:]}")
     return done.stdout
 

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowbit import QuantScheme, inspection
+from tests import script
 from tests.tiny import TEXT
 
 Folders = Callable[..., Path]
@@ -24,10 +24,8 @@ EXAMPLES = ROOT / "examples"
 
 def example(name: str, *arguments: object, code: int = 0) -> str:
     """Run an example as its docstring says; its output."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "triton_kernels")))}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
+    done = script.run(EXAMPLES / name, *arguments)
+    assert done.code == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from tests import script
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,12 +18,12 @@ def test_every_variant_is_judged_on_every_text(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("".join(reversed(Path(text_file).read_text())))
-    command = [
-        sys.executable, str(ROOT / "scripts" / "other_text.py"), str(tiny_model("llama")),
-        "--calibration", text_file, "--text", text_file, str(other), "--blocks", "0", "1",
-        "--bits", "3", "--group-size", "32", "--seq-len", "48", "--samples", "12", "--rows", "8",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = script.run(
+        ROOT / "scripts" / "other_text.py", tiny_model("llama"), "--calibration", text_file,
+        "--text", text_file, other, "--blocks", 0, 1, "--bits", 3, "--group-size", 32, "--seq-len", 48,
+        "--samples", 12, "--rows", 8,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
     head, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
     assert head == ["damp", "trust", "text", "text", "other"]
     figures = {(row[0], row[1]): [float(value) for value in row[2:]] for row in rows}

@@ -51,15 +51,38 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
-@pytest.fixture
-def options(tiny_model: Callable[..., Path], text_file: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+@pytest.fixture(scope="module")
+def arguments(tiny_model: Callable[..., Path], text_file: str) -> Callable[..., dict[str, Any]]:
     """Arguments of one run, for `tests.rank`."""
 
-    def of(output: str, family: str = "llama", **own: Any) -> dict[str, Any]:
+    def of(output: Path, family: str = "llama", **own: Any) -> dict[str, Any]:
         usual = {"scheme": (4, 32), "dataset": text_file, "samples": 16, "seq_len": 48}
-        return {"model": str(tiny_model(family)), "output": str(tmp_path / output), **usual, **own}
+        return {"model": str(tiny_model(family)), "output": str(output), **usual, **own}
 
     return of
+
+
+@pytest.fixture
+def options(arguments: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The same, for an output of this test."""
+    return lambda output, **own: arguments(tmp_path / output, **own)
+
+
+@pytest.fixture(scope="module")
+def two(
+    arguments: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of every run by two ranks, and of one made again, and what became of the ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [arguments(folder / name, **own) for name, own in RUNS.items()]
+    runs.append(arguments(folder / "again", **RUNS["qronos"]))
+    return folder, ranks_of(runs, runs)
+
+
+@pytest.fixture
+def alone(quantize: Callable[..., Report]) -> Callable[[dict[str, Any]], Report]:
+    """One process makes what the arguments for a rank say."""
+    return lambda given: quantize(**{**given, "scheme": QuantScheme(*given["scheme"])})
 
 
 def codes_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,37 +107,34 @@ def differing(one: Path, other: Path) -> float:
 
 @pytest.mark.slow
 def test_two_ranks_make_what_one_makes(
-    options: Callable[..., dict[str, Any]], quantize: Callable[..., Report], tmp_path: Path
-) -> None:
-    runs = [options(f"two-{name}", **own) for name, own in RUNS.items()]
-    runs.append(options("again", **RUNS["qronos"]))
-    first, second = ranks_of(runs, runs)
+    two: tuple[Path, list[dict[str, Any]]], options: Callable[..., dict[str, Any]],
+    alone: Callable[[dict[str, Any]], Report], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder, (first, second) = two
     assert (first["code"], second["code"]) == (0, 0), first["stderr"] + second["stderr"]
     assert first["told"] == second["told"]
     for (name, own), found in zip(RUNS.items(), first["told"], strict=False):
-        arguments = options(f"one-{name}", **own)
-        arguments["scheme"] = QuantScheme(*arguments["scheme"])
-        quantize(**arguments)
-        one, two = tmp_path / f"one-{name}", tmp_path / f"two-{name}"
+        alone(options(name, **own))
         if name == "rtn":
-            assert bytes_of(one) == bytes_of(two)
-        assert differing(one, two) <= DIFFERING, name
+            assert bytes_of(tmp_path / name) == bytes_of(folder / name)
+        assert differing(tmp_path / name, folder / name) <= DIFFERING, name
         assert len(found["ranks"]) == 2
         assert found["ranks"][1]["sent"] > 0
         trained = [note for note in found["notes"] if "on the first of 2 ranks alone" in note]
         assert bool(trained) == (name == "trained")
-    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "two-qronos")
-    assert not list(tmp_path.glob("*.lowbit-work"))
+    assert bytes_of(folder / "again") == bytes_of(folder / "qronos")
+    assert not list(folder.glob("*.lowbit-work"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_ends_the_others_and_the_run_goes_on(
-    options: Callable[..., dict[str, Any]], quantize: Callable[..., Report], tmp_path: Path, victim: int
-) -> None:
+    two: tuple[Path, list[dict[str, Any]]], options: Callable[..., dict[str, Any]],
+    alone: Callable[[dict[str, Any]], Report], tmp_path: Path, victim: int,
+) -> None:  # fmt: skip
     """Killed in the second block; gone on with once by two and once by one."""
-    whole, dying = options("whole"), options("out", die=(victim, "block 2/3: carrying on"))
-    assert [rank["code"] for rank in ranks_of([whole], [whole])] == [0, 0]
+    whole, own = two[0] / "qronos", RUNS["qronos"]
+    dying = options("out", die=(victim, "block 2/3: carrying on"), **own)
     found = ranks_of([dying], [dying])
     left, work = found[1 - victim], tmp_path / "out.lowbit-work"
     assert (found[victim]["code"], left["code"]) == (-9, 2), left["stderr"]
@@ -126,11 +146,11 @@ def test_a_lost_rank_ends_the_others_and_the_run_goes_on(
     assert json.loads((work / "state.json").read_text())["facts"]["blocks"] == 1
 
     shutil.copytree(work, tmp_path / "other.lowbit-work")
-    for output, count in (("out", 2), ("other", 1)):
-        told = ranks_of(*[[options(output)]] * count)
-        assert [rank["code"] for rank in told] == [0] * count, told[0]["stderr"]
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    assert differing(tmp_path / "other", tmp_path / "whole") <= DIFFERING
+    told = ranks_of([options("out", **own)], [options("out", **own)])
+    assert [rank["code"] for rank in told] == [0, 0], told[0]["stderr"]
+    alone(options("other", **own))
+    assert bytes_of(tmp_path / "out") == bytes_of(whole)
+    assert differing(tmp_path / "other", whole) <= DIFFERING
 
 
 @pytest.mark.slow

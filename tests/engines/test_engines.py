@@ -9,9 +9,11 @@ gates would see a packing bug.
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 
+from lowbit import compiled
 from tests.engines import page
 from tests.engines.checkpoints import HEAD, KINDS, MIXED, MIXED_BITS, SCHEMES, SPOILED
 from tests.engines.measure import READS, Answer, Key, measure
@@ -27,6 +29,10 @@ LAGS = {"transformers": 0.05, "vLLM": 0.05, "llama.cpp": 0.15}
 # Where inputs are rounded by the scheme, one in the middle of two steps falls to either side.
 ROUNDED_GATE, ROUNDED_LAG = 0.1, 0.3
 CAUGHT = 0.5  # what a packing bug moves, at least
+
+OLD_CPU = platform.machine() == "x86_64" and "avx512f" not in compiled.processor()
+"""vLLM has no kernel for packed weights there; the page says what it says instead."""
+NO_KERNEL = "object has no attribute 'cpu_gemm_wna16'"
 
 CPU_KERNEL = "not supported by CPUWNA16, supported types are: (ScalarType.uint4, ScalarType.uint4b8)"
 OPTIMUM = "Loading a GPTQ quantized model requires optimum"
@@ -73,6 +79,11 @@ def test_every_answer_is_looked_at(answers: tuple[Answers, Answers]) -> None:
 def test_it_is_the_same_model(answers: tuple[Answers, Answers], engine: str, key: Key) -> None:
     answer = answers[0][engine][key]
     rounded = key[1] == "w8a8"
+    if OLD_CPU and engine == "vLLM":
+        if rounded:
+            pytest.skip("vLLM's int8 products overflow on this CPU: it has no VNNI")
+        assert NO_KERNEL in (answer.refused or "it loads")
+        return
     assert answer.refused is None
     assert answer.mean < (ROUNDED_GATE if rounded else GATES[engine])
     assert answer.lag < (ROUNDED_LAG if rounded else LAGS[engine])
@@ -85,6 +96,8 @@ def test_it_is_refused_as_the_page_says(answers: tuple[Answers, Answers], engine
 
 @pytest.mark.parametrize(("engine", "key"), CONTROLS)
 def test_a_packing_bug_would_be_caught(answers: tuple[Answers, Answers], engine: str, key: Key) -> None:
+    if OLD_CPU and engine == "vLLM":
+        pytest.skip("vLLM loads none of them on this CPU: it has no AVX-512")
     answer = answers[1][engine][key]
     assert answer.refused is None
     assert answer.mean > CAUGHT
@@ -93,6 +106,8 @@ def test_a_packing_bug_would_be_caught(answers: tuple[Answers, Answers], engine:
 
 def test_the_page_says_what_was_measured(answers: tuple[Answers, Answers]) -> None:
     """`LOWBIT_WRITE_PAGE=1 make test-engines` writes it."""
+    if OLD_CPU:
+        pytest.skip("the page is of a CPU with AVX-512, and says what vLLM says on one without")
     text = page.render(answers[0], REFUSED)
     if os.environ.get("LOWBIT_WRITE_PAGE"):
         page.write(text)
