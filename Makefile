@@ -11,7 +11,7 @@ DEMO_MODEL := $(VENV)/.demo-model
 # Nothing is compiled when it is installed, so what is imported has to be kept once it is compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Environments without lowbit in them, kept between runs: transformers alone; vLLM and llama.cpp.
 export LOWBIT_STOCK_VENV ?= $(CURDIR)/.venv-stock

@@ -36,6 +36,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 transformers_logging.disable_progress_bar()
 
 
+LONG = ("ranks", "stock_transformers", "packaging", "tasks", "scale", "resume", "families", "interpreted")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files are dealt to the workers first: the last one to be begun would leave the others idle."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever CPU runs the tests, it works in bfloat16, as one that multiplies it does.

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit import QuantScheme, batches, hf
+from tests import script
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -234,14 +235,13 @@ def test_lowbits_own_row_from_the_command_line(
     """Quantized, evaluated, recorded, put on the page; a second call repeats nothing."""
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
     page.write_text("<!-- peers: begin -->\n<!-- peers: end -->\n")
-    command = [
-        sys.executable, str(SCRIPTS / "compare_peers.py"), str(tiny_model("llama")),
-        "--only", "lowbit-fast-4-sym", "--group-size", "32",
-        "--calibration", text_file, "--text", f"{text_file}:2", "--eval-seq-len", "48",
-        "--results", str(results), "--docs", str(page),
-    ]  # fmt: skip
     for _ in range(2):
-        subprocess.run(command, check=True, cwd=SCRIPTS.parent, env={**os.environ, "PYTHONPATH": "."})
+        done = script.run(
+            SCRIPTS / "compare_peers.py", tiny_model("llama"), "--only", "lowbit-fast-4-sym",
+            "--group-size", 32, "--calibration", text_file, "--text", f"{text_file}:2",
+            "--eval-seq-len", 48, "--results", results, "--docs", page,
+        )  # fmt: skip
+        assert done.code == 0, done.stderr
     (line,) = results.read_text().splitlines()
     assert json.loads(line)["bits_per_weight"] == pytest.approx(4.5, abs=0.2)
     assert page.read_text().count("| lowbit ") == 1
