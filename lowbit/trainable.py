@@ -30,7 +30,8 @@ class TrainableLinear(nn.Module):
 
     Attributes:
         gains: float32 `[out, groups]`, factors on the scales.
-        weight: bfloat16 `[out, in]`, what a loader sees; kept up to date by `refresh`.
+        weight: bfloat16 numbers in the model's dtype `[out, in]`, what a loader sees; kept up to date by
+            `refresh`.
         codes: uint8 `[out, in]`.
         scales: `[out, groups]` in the stored dtype, before the gains.
         zeros: uint8 `[out, groups]`.
