@@ -25,6 +25,7 @@ from lowbit.errors import LowbitError
 CONFIG_BYTES = 2**24
 INDEX_BYTES = 2**28
 LARGEST = 2**40  # no configuration has a larger integer
+FEW_LAYERS = 1024  # built in no time, and Qwen2's max_window_layers is 28 in a model of one
 NEVER_TRUSTED: dict[str, Any] = {"trust_remote_code": False}
 """For every `from_pretrained` and `from_config` of transformers."""
 
@@ -129,7 +130,7 @@ def check_config(folder: Path, tensors: int | None = None) -> dict[str, Any]:
     for name, value in _integers(config):
         limit = LARGEST
         if tensors is not None and _LAYERS.search(name):
-            limit = tensors
+            limit = max(tensors, FEW_LAYERS)
         elif _COUNTS.search(name):
             limit = 2**24
         if abs(value) > max(limit, 1):

@@ -74,7 +74,7 @@ def quantized(
 
         with mock.patch.object(road, "verify", record):
             report = pipeline.quantize(
-                tiny_model(family),
+                tiny_model(family, blocks=2),
                 QuantScheme(4, 32, symmetric),
                 output=tmp_path_factory.mktemp("out") / "checkpoint",
                 method=method,
@@ -83,7 +83,7 @@ def quantized(
                 samples=3,
                 seq_len=48,
             )
-        made[key] = Run(tiny_model(family), report, *seen)
+        made[key] = Run(tiny_model(family, blocks=2), report, *seen)
         return made[key]
 
     yield run
@@ -167,7 +167,7 @@ def test_nothing_is_left_in_full_precision_without_a_word(
     layers = {layer.name for layer in report.layers}
     assert not layers & set(report.skipped)
     assert all(report.skipped.values())
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(family))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family, blocks=2))
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue

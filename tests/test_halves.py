@@ -145,13 +145,13 @@ def test_no_byte_depends_on_it(
 
     monkeypatch.setattr(Halves, "output_behind", noted)
     monkeypatch.setattr(pair, "find_halves", counted)
-    cut = quantize(tiny_model(family), output=tmp_path / "cut", **options)
+    cut = quantize(tiny_model(family, blocks=2), output=tmp_path / "cut", **options)
     assert found
     assert all(found)
-    batches = 12 * 3 if limit is None and family in ("llama", "gpt2") else 0
+    batches = 12 * 2 if limit is None and family in ("llama", "gpt2") else 0
     assert len(direct) == batches if kept > 30_000 else 0 < len(direct) < batches
     monkeypatch.setattr(pair, "find_halves", lambda *args: None)
-    whole = quantize(tiny_model(family), output=tmp_path / "whole", **options)
+    whole = quantize(tiny_model(family, blocks=2), output=tmp_path / "whole", **options)
     one, other = (load_file(report.output / "model.safetensors") for report in (cut, whole))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

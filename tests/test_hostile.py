@@ -115,6 +115,15 @@ def test_numbers_out_of_proportion(
         quantize(model)
 
 
+def test_a_number_larger_than_the_model_may_be_meant(
+    quantize: Callable[..., Report], tiny_model: Callable[..., Path]
+) -> None:
+    """Layers from which on Qwen2 would attend to a window: by default the 28th, of however many."""
+    folder = tiny_model("qwen2", blocks=1)
+    assert json.loads((folder / "config.json").read_text())["max_window_layers"] == 28
+    assert len(quantize(folder).layers) == 7
+
+
 def test_frequencies_that_fill_the_memory(quantize: Callable[..., Report], model: Path) -> None:
     """Rotary frequencies are computed when a model is built, as many as half the size of a head."""
     edit(model / "config.json", head_dim=2**36)

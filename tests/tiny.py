@@ -67,7 +67,7 @@ _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": 32}),
     "phi3": (Phi3Config, {"original_max_position_embeddings": POSITIONS}),
     "phi": (PhiConfig, {}),
-    "gpt2": (GPT2Config, {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": 3, "n_positions": POSITIONS}),
+    "gpt2": (GPT2Config, {"n_embd": HIDDEN, "n_head": HEADS, "n_positions": POSITIONS}),
     "opt": (OPTConfig, {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
     "mixtral": (MixtralConfig, {**_MOE, "num_local_experts": 4}),
     "qwen3_moe": (
@@ -129,14 +129,16 @@ def make_tokenizer(with_bos: bool = False, chat: bool = False) -> PreTrainedToke
     )
 
 
-def make_config(family: str, *, tied: bool | None = None) -> PretrainedConfig:
+def make_config(family: str, *, tied: bool | None = None, blocks: int = 3) -> PretrainedConfig:
     """The config of a tiny `family`; `tied` None keeps the family's default for tied embeddings."""
     config_class, own = _CONFIGS[family]
     common: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if family != "gpt2":
+    if family == "gpt2":
+        common["n_layer"] = blocks
+    else:
         common |= {
             "hidden_size": HIDDEN,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": blocks,
             "num_attention_heads": HEADS,
             "max_position_embeddings": POSITIONS,
         }
@@ -166,11 +168,15 @@ def make_model(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     tied: bool | None = None,
+    blocks: int = 3,
     max_shard_size: str | None = None,
 ) -> Path:
-    """Save a random tiny causal LM of `family` with tokenizer and generation config; return `folder`."""
+    """Save a random tiny causal LM of `family` with tokenizer and generation config; return `folder`.
+
+    Gemma 3 has four blocks whatever `blocks` says: its pattern of attention is that long.
+    """
     tokenizer = make_tokenizer(family in BOS_FAMILIES, family in CHAT_FAMILIES)
-    model = AutoModelForCausalLM.from_config(make_config(family, tied=tied), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(make_config(family, tied=tied, blocks=blocks), dtype=dtype)
     randomize(model, seed)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # float32 in checkpoints of whatever dtype
