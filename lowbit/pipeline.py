@@ -101,7 +101,7 @@ def quantize(
         within: Choose the scheme of every group of matrices so that the checkpoint is no larger than
             this and least is lost; in place of `scheme`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        dtype: Working precision: `auto`, `float32`, `bfloat16`.
+        dtype: Working precision: `auto`, `float32`, `bfloat16`, `float16` (which trains in bfloat16).
         max_shard_size: Size of a safetensors shard.
         max_memory: How much the process may have resident (`8GB`); refused, with the smallest value that
             would do, where that can't be kept.

@@ -36,6 +36,7 @@ class Refined:
         after: The same at the end.
         held_out: How many rows those are.
         steps: Steps of the optimizer.
+        dtype: Precision of activations and their gradients.
         kept: False where nothing was gained and the checkpoint was left as it was.
         fingerprints: Digest of every weight that changed, by module name.
     """
@@ -44,6 +45,7 @@ class Refined:
     after: float
     held_out: int
     steps: int
+    dtype: torch.dtype
     kept: bool
     fingerprints: dict[str, bytes]
 
@@ -109,7 +111,7 @@ def refine(
     if kept:
         _write(folder, output, fmt, done, max_shard_size)
     changed = {name: fingerprint(weight.dequantize()) for name, weight in done.weights.items()}
-    return Refined(done.before, done.after, done.held_out, done.steps, kept, changed if kept else {})
+    return Refined(done.before, done.after, done.held_out, done.steps, dtype, kept, changed if kept else {})
 
 
 def _targets(

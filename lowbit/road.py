@@ -264,16 +264,21 @@ class Road:
             report.notes.append(f"scales and norms were not trained: {error}")
         else:
             loss = "KL" if dial.loss == "original" else "cross-entropy"
+            how = (
+                alone
+                if done.dtype == self.source.dtype
+                else f"{alone}, in {str(done.dtype).removeprefix('torch.')}"
+            )
             told = f"{loss} on {done.held_out} rows not trained on {done.before:.4f} -> {done.after:.4f}"
             if done.kept:
                 result["result"] = refined.name
                 self.fingerprints |= done.fingerprints
                 self.logits = hf.load(refined, packed=False)(input_ids=ids).logits.detach()
-                report.notes.append(f"{what} trained for {done.steps} steps{alone}: {told}")
+                report.notes.append(f"{what} trained for {done.steps} steps{how}: {told}")
                 report.method = QAT if dial.weights else report.method
                 durable.sync_folder(refined)
             else:
-                report.notes.append(f"training {what}{alone} gained nothing and was dropped: {told}")
+                report.notes.append(f"training {what}{how} gained nothing and was dropped: {told}")
             report.end_stage("training", time.monotonic() - started)
         assert self.logits is not None
         self._commit(result, {"training": {}, "logits": {"logits": self.logits}})

@@ -93,11 +93,13 @@ def test_training_works_in_the_precision_of_the_rounding(
         return distill(model, weights, tokens, targets, **options)
 
     monkeypatch.setattr("lowbit.refine.distill", spy)
-    quantize(
+    report = quantize(
         tiny_model("llama"), QuantScheme(4, 32), output=tmp_path / "out", effort="high", dtype=asked,
         dataset=text_file, samples=16, seq_len=32,
     )  # fmt: skip
     assert seen == [(taken, taken)]
+    (told,) = [note for note in report.notes if "scales and norms" in note]
+    assert ("steps, in bfloat16:" in told or "norms, in bfloat16 gained" in told) == (asked == "float16")
 
 
 def test_a_model_that_is_not_quantized_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def run(
         typer.Option(help="Quantize the output head too, to this many bits.", show_default=False),
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Working precision: auto, bfloat16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Working precision: auto, bfloat16, float16 or float32.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show which bits and group sizes a target would choose; writes nothing."""

@@ -150,7 +150,9 @@ def run(
         typer.Option(help="Quantize the output head too, to this many bits (unties it).", show_default=False),
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Working precision: auto, bfloat16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Working precision: auto, bfloat16, float16 or float32.")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors shard.")] = "5GB",
     max_memory: Annotated[
         Optional[str],  # noqa: UP045
