@@ -271,8 +271,8 @@ class BlockQuantizer:
         if not rewritten:
             keys = self.source.keys_under([path])
             return {key: None for key in keys if self.source.parameter_of(key) not in done}
-        parameters = self.plan.blocks[number].named_parameters(prefix=path)
-        return dict(self.source.names_on_disk({n: p.data for n, p in parameters if n not in done}))
+        tensors = self.plan.blocks[number].state_dict(prefix=f"{path}.")  # with what is saved of its buffers
+        return dict(self.source.names_on_disk({n: t for n, t in tensors.items() if n not in done}))
 
 
 def _on_disk(source: Source, quantized: Mapping[Matrix, QuantizedWeight]) -> dict[str, QuantizedWeight]:

@@ -8,6 +8,7 @@ that was used last are in this process.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,12 +81,24 @@ class Carried:
 
     def _map(self, tensor: Tensor) -> Tensor:
         with tempfile.NamedTemporaryFile(prefix=".activations-", dir=self._folder) as file:
-            file.truncate(max(tensor.nbytes, 1))
+            _make_room(file.fileno(), max(tensor.nbytes, 1))
             flat = torch.from_file(file.name, shared=True, size=math.prod(tensor.shape), dtype=tensor.dtype)
         mapped = flat.view(tensor.shape)
         mapped.copy_(tensor)
         pages.forget(mapped)
         return mapped
+
+
+def _make_room(file: int, size: int) -> None:
+    """Give a file its size and its room on the disk.
+
+    A full disk refuses here, with an `OSError`. What is written through a mapping later can't be refused: the
+    system kills the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 class _Named(Mapping[str, Tensor]):

@@ -26,7 +26,7 @@ from lowbit.commands import (
     quantize,
     tune,
 )
-from lowbit.errors import INTERRUPTED, LowbitError, Stopped
+from lowbit.errors import INTERRUPTED, LowbitError, Stopped, VerificationError
 
 COMMANDS = {
     "quantize": quantize,
@@ -123,7 +123,7 @@ def _failed(error: Exception) -> None:
         _fail(str(error), 2)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
         _fail(_usage(error), error.exit_code)
-    if type(error).__name__ == "VerificationError":
+    if isinstance(error, VerificationError):
         _fail(str(error), 1)
     raise error
 

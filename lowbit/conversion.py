@@ -29,7 +29,7 @@ from lowbit import source as sources
 from lowbit.algorithms import rtn
 from lowbit.blocks import Progress
 from lowbit.checkpoint import CheckpointWriter
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import FORMATS
 from lowbit.formats import gguf as gguf_blocks
 from lowbit.gguf_file import GgufWriter
@@ -38,7 +38,6 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.results import Conversion
 from lowbit.scheme import QuantScheme
 from lowbit.untrusted import NEVER_TRUSTED
-from lowbit.verify import VerificationError
 
 GGUF = "gguf"
 LEFT_OUT = {"quantize_config.json", "quant_config.json", "quantization_config.json"}

@@ -133,9 +133,7 @@ def quantize(
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
     with open_work(target, restart) as work, ExitStack() as ends:
-        if work.is_placed(target):
-            return Report.of_json(work.facts["report"])
-        places.check_target(target, _name(model), overwrite)
+        places.check_target(target, _name(model), overwrite or work.is_placed(target))
         opened = _open(model, tokenizer, work.folder, find_dtype(dtype, where), keep_source, ends)
         plan = make_plan(opened.model, scheme, fmt, skip=skip, head_bits=head_bits,
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
@@ -143,6 +141,8 @@ def quantize(
         work.check(ranks.alike("setting", _inputs(opened, plan, where, dial, schemes, skip, effort=effort,
             **data._asdict(), method=method, format=format, head_bits=head_bits, within=within,
             max_shard_size=shard_bytes, max_memory=max_memory)))  # fmt: skip
+        if work.is_placed(target):
+            return Report.of_json(work.facts["report"])
         if work.facts:
             report = _going_on(work, told)
         elif ranks.is_first():

@@ -214,13 +214,20 @@ def _norm_parameters(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """1.0 for a norm that multiplies by `1 + weight`, found by giving it a weight of zero."""
+    """1.0 for a norm that multiplies by `1 + weight`, found by giving it a weight of zero.
+
+    0.0 for one that reads a gate as well and so can't be asked: those of Qwen3-Next and its kin do not add 1.
+    """
     weight, bias = _norm_parameters(norm)
     saved = weight.clone()
     weight.zero_()
     probe = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
-    output = norm(probe[None]) - (0 if bias is None else bias)
-    weight.copy_(saved)
+    try:
+        output = norm(probe[None]) - (0 if bias is None else bias)
+    except TypeError:
+        return 0.0
+    finally:
+        weight.copy_(saved)
     return 0.0 if output.abs().max() == 0 else 1.0
 
 

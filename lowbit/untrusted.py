@@ -26,6 +26,7 @@ CONFIG_BYTES = 2**24
 INDEX_BYTES = 2**28
 LARGEST = 2**40  # no configuration has a larger integer
 FEW_LAYERS = 1024  # built in no time, and Qwen2's max_window_layers is 28 in a model of one
+OWN = "lowbit"  # what lowbit says there of its own run: nothing is built from it
 NEVER_TRUSTED: dict[str, Any] = {"trust_remote_code": False}
 """For every `from_pretrained` and `from_config` of transformers."""
 
@@ -127,7 +128,7 @@ def check_config(folder: Path, tensors: int | None = None) -> dict[str, Any]:
     """
     path = inside(folder, "config.json")
     config = read_json(path)
-    for name, value in _integers(config):
+    for name, value in _integers({key: value for key, value in config.items() if key != OWN}):
         limit = LARGEST
         if tensors is not None and _LAYERS.search(name):
             limit = max(tensors, FEW_LAYERS)

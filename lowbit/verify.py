@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit import hf
 from lowbit.blocks import fingerprint
+from lowbit.errors import VerificationError
 from lowbit.formats import int_quantized
 from lowbit.plan import head_name
 from lowbit.quiet import quiet
@@ -33,10 +34,6 @@ TOLERANCE = 0.02  # nats; bfloat16 against float32 differs by about 0.001, one w
 ROUNDED_TOLERANCE = 0.3
 """The same where activations are rounded: each loader has its own rule for a token's scale, codes fall
 either way, and two such models are as far apart as either is from the original, or twice that."""
-
-
-class VerificationError(RuntimeError):
-    """What was written is not what was computed: a bug of lowbit or of a loader, never the user's."""
 
 
 def verify(

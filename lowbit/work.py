@@ -33,8 +33,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lowbit import durable, ranks
-from lowbit.errors import LowbitError
-from lowbit.verify import VerificationError
+from lowbit.errors import LowbitError, VerificationError
 
 SUFFIX = ".lowbit-work"
 VERSION = 1

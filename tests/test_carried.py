@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +46,28 @@ def test_beyond_the_limit_nothing_stays_resident(tmp_path: Path) -> None:
         assert found is not None
         assert found[3, -1] == index
     assert used_memory() - before < 2 * 2**24
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system can't ask for room on a disk")
+def test_the_disk_has_room_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a mapping that finds the disk full ends the process without a word."""
+    map_file, room = torch.from_file, []
+
+    def noted(name: str, **options: Any) -> torch.Tensor:
+        room.append(512 * os.stat(name).st_blocks)
+        return map_file(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", noted)
+    carried = Carried(1, 0, tmp_path)
+    carried[0] = torch.zeros(2**18)
+    assert room[0] >= 2**20
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        carried[0] = torch.zeros(2**19)
+    assert list(tmp_path.iterdir()) == []

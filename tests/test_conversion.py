@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit import LowbitError, QuantScheme
 from lowbit.conversion import convert
-from lowbit.verify import VerificationError
+from lowbit.errors import VerificationError
 from tests.packed import foreign, spoil
 from tests.refused import snapshot
 

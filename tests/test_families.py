@@ -277,3 +277,19 @@ def test_awq_before_rounding_is_the_original(
     p = original.log_softmax(-1)
     kl = (p.exp() * (p - found.log_softmax(-1))).sum(-1).mean()
     assert kl < 2e-3
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_what_is_saved_of_buffers_stays(
+    tiny_model: Folders, text_file: str, tmp_path: Path, method: str
+) -> None:
+    """DeepSeek's routers hold a bias that is no parameter; AWQ writes blocks from memory."""
+    original = tiny_model("deepseek_v3")
+    report = pipeline.quantize(
+        original, QuantScheme(4, 32), output=tmp_path / "out", method=method, dataset=text_file, samples=4,
+        seq_len=32,
+    )  # fmt: skip
+    before, after = (load_file(folder / "model.safetensors") for folder in (original, report.output))
+    biases = [key for key in before if key.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(torch.equal(before[key], after[key]) and before[key].any() for key in biases)

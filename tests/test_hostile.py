@@ -124,6 +124,15 @@ def test_a_number_larger_than_the_model_may_be_meant(
     assert len(quantize(folder).layers) == 7
 
 
+def test_what_lowbit_notes_of_its_own_run_is_not_judged(
+    quantize: Callable[..., Report], tiny_model: Callable[..., Path]
+) -> None:
+    """The numbers of a command line stand in `config.json`, too, and may be of any size."""
+    report = quantize(tiny_model("llama"), max_shard_size="20TB", seed=2**62)
+    assert report.verification is not None
+    assert hf.load(report.output) is not None
+
+
 def test_frequencies_that_fill_the_memory(quantize: Callable[..., Report], model: Path) -> None:
     """Rotary frequencies are computed when a model is built, as many as half the size of a head."""
     edit(model / "config.json", head_dim=2**36)

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from lowbit import QuantScheme, Target, checkpoint, identity, road, training, work
 from lowbit.algorithms import columns
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, VerificationError
 from lowbit.results import Report
-from lowbit.verify import VerificationError
 from tests.tiny import TEXT
 
 Folders = Callable[..., Path]
@@ -288,6 +287,8 @@ def test_stopped_while_the_old_one_is_exchanged(
         (tmp_path / "out.lowbit-work" / "checkpoint").rename(tmp_path / "out")
     shutil.rmtree(tmp_path / "out.lowbit-work")
     snapshot.rename(tmp_path / "out.lowbit-work")
+    with pytest.raises(LowbitError, match="holds a run with scheme"):
+        run(overwrite=True, scheme=QuantScheme(8, 32))
     report = run(overwrite=True)
     assert bytes_of(report) == bytes_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

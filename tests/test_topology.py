@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from lowbit import topology
 from lowbit.calibration import Group, find_groups
@@ -264,3 +266,15 @@ def test_other_matrices_are_all_the_rest(tiny_model: Folders) -> None:
         every = {name for name, p in source.model.named_parameters() if p.ndim > 1}
         assert rest | known == every
         assert not rest & known
+
+
+def test_a_norm_that_reads_a_gate_does_not_add_one() -> None:
+    """It can't be asked with one tensor, and its weight is as it was."""
+    norm = Qwen3NextRMSNormGated(16)
+    torch.nn.init.uniform_(norm.weight)
+    before = norm.weight.clone()
+    assert topology.norm_offset(norm) == 0.0
+    assert torch.equal(norm.weight, before)
+    doubled, (x, gate) = copy.deepcopy(norm), torch.randn(2, 3, 16)
+    doubled.weight.data *= 2
+    assert torch.allclose(doubled(x, gate), 2 * norm(x, gate))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lowbit import QuantScheme, pipeline
 from lowbit.checkpoint import CheckpointWriter
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import awq, compressed_tensors, gptq
 from lowbit.stream import Stream
-from lowbit.verify import VerificationError, verify
+from lowbit.verify import verify
 from tests.tiny import FAMILIES
 
 Folders = Callable[..., Path]

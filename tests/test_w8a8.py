@@ -19,14 +19,13 @@ from lowbit import QuantScheme, hf, int8
 from lowbit.activations import round_rows
 from lowbit.algorithms import rtn, smooth
 from lowbit.calibration import RoundedInputs
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats import gptq, int_quantized
 from lowbit.inspection import inspect
 from lowbit.quantizer import find_format, quant_layers
 from lowbit.results import Report
 from lowbit.topology import matrices
-from lowbit.verify import VerificationError
 from tests.formats.samples import random_weight
 from tests.packed import IDS, assert_saved_as_read, distance, logits, spoil
 

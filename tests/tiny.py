@@ -180,7 +180,8 @@ def make_model(
     randomize(model, seed)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # float32 in checkpoints of whatever dtype
-            buffer.data = buffer.data.float()
+            noise = torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed))
+            buffer.data = 0.1 * noise  # moves the choice of experts
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     tokenizer.save_pretrained(folder)

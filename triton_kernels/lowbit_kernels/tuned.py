@@ -67,7 +67,8 @@ def read(path: Path) -> dict[str, Tiles]:
 
 def write(path: Path, tiles: Mapping[str, Tiles]) -> None:
     """Put entries into a file beside those that it has, all at once."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         entries = {**read(path), **tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"versions": versions(), "tiles": {name: list(tile) for name, tile in sorted(entries.items())}}
