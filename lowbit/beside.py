@@ -99,14 +99,22 @@ def verify_sums(folder: Path) -> int:
     """Compare the files of a folder with its `SHA256SUMS`; returns how many there are.
 
     Raises:
-        LowbitError: there is none, it names a file outside, or a file is missing or was changed.
+        LowbitError: there is none, it lacks the configuration or a weight file, it names a file outside, or a
+            file is missing or was changed.
     """
     path = untrusted.inside(folder, SUMS)
     if not path.is_file():
         raise LowbitError(f"{folder} has no {SUMS}: lowbit quantize and lowbit convert write one")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        known, _, name = line.partition("  ")
+    listed = [line.partition("  ")[::2] for line in lines]
+    names = [name for _, name in listed]
+    if "" in names:
+        raise LowbitError(f"{path}: line {names.index('') + 1} is cut short: copy the checkpoint again")
+    weights = [file.relative_to(folder).as_posix() for file in untrusted.weight_files(folder)]
+    for name in ("config.json", *weights):  # of a list that was cut, all that is left holds
+        if name not in names:
+            raise LowbitError(f"{path} does not list {name}: copy the checkpoint again")
+    for known, name in listed:
         file = untrusted.inside(folder, name)
         if not file.is_file() or durable.sha256(file) != known:
             raise LowbitError(f"{file} is missing or not what was written: copy the checkpoint again")

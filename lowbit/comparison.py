@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit import hf, topology
+from lowbit import hf, topology, untrusted
 from lowbit import source as sources
 from lowbit.blocks import Progress
 from lowbit.dataset import evaluation_windows, full_name, read_documents
@@ -151,7 +151,7 @@ def compare_checkpoints(
         measured = []
         for number, (name, path) in enumerate(zip(names, models, strict=True)):
             folder = _folder(path, Path(scratch) / str(number))
-            seen, size = Divergence(), weight_bytes(path, folder)
+            seen = Divergence()
             result = compare(
                 hf.load(folder, packed=False, dtype=dtype, device=device),
                 original,
@@ -160,7 +160,7 @@ def compare_checkpoints(
                 seen,
             )
             gc.collect()
-            plain = seen.to_dict(hf.load_tokenizer(opened))
+            plain, size = seen.to_dict(hf.load_tokenizer(opened)), weight_bytes(path, folder)
             measured.append(Measured(name, _scheme(path, folder), size, 8 * size / weights, result, plain))
         size = weight_bytes(reference, opened)
     return Comparison(public(reference), size, public(full_name(dataset)), seq_len, len(tokens), measured)
@@ -183,12 +183,11 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 
 def weight_bytes(model: str, folder: Path) -> int:
-    """Size of the weight files of a model; of the `.gguf` file itself where it is one."""
-    path = Path(model)
+    """Size of the weight files that are loaded; of the `.gguf` file itself where it is one."""
+    path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return path.stat().st_size
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in untrusted.weight_files(folder))
 
 
 def frontier(models: Sequence[Measured]) -> list[Measured]:

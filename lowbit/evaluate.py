@@ -151,8 +151,8 @@ def compare(
         divergence: Told of the divergence at every token; needs a reference.
 
     Raises:
-        LowbitError: a model is in training mode, its context is shorter than a window, its logits
-            are NaN, or the vocabularies differ.
+        LowbitError: a model is in training mode, its context is shorter than a window, its logits or the
+            reference's are NaN or infinite, or the vocabularies differ.
     """
     for one in (model, reference):
         if isinstance(one, PreTrainedModel):
@@ -216,13 +216,11 @@ class _Tokens(NamedTuple):
 def _evaluate_window(
     model: PreTrainedModel, reference: PreTrainedModel | Logits | None, index: int, window: Tensor
 ) -> _Tokens:
-    logits = _logits(model, window)
+    logits = _logits(model, index, window)
     if reference is None:
         others = logits[:0]
     else:
-        others = (
-            _logits(reference, window) if isinstance(reference, PreTrainedModel) else reference(index, window)
-        ).to(logits.device)
+        others = _logits(reference, index, window).to(logits.device)
         if others.shape != logits.shape:
             raise LowbitError(
                 f"{_name(model)} has {logits.shape[-1]} logits and {_name(reference)} {others.shape[-1]}: "
@@ -253,11 +251,17 @@ def _token_values(logits: Tensor, others: Tensor, targets: Tensor) -> _Tokens:
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Logits for every token of `window [seq_len]` but the first, `[seq_len - 1, vocabulary]`."""
-    logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
-    if logits.isnan().any():
-        raise LowbitError(f"{_name(model)} gives NaN logits: load it in bfloat16 or float32")
+def _logits(model: PreTrainedModel | Logits, index: int, window: Tensor) -> Tensor:
+    """Logits for every token of window number `index` but the first, `[seq_len - 1, vocabulary]`."""
+    if isinstance(model, PreTrainedModel):
+        logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    else:
+        logits = model(index, window)
+    # A row whose largest is no number is NaN once normalized, and the divergence would take it for a 0.
+    largest = logits.amax(-1)
+    if not largest.isfinite().all():
+        what = "NaN" if largest.isnan().any() else "infinite"
+        raise LowbitError(f"{_name(model)} gives {what} logits: load it in bfloat16 or float32")
     return logits
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lowbit import formats, untrusted
+from lowbit import formats, origin, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, int_quantized
 from lowbit.places import check_source, no_revision, split_revision
@@ -62,16 +62,16 @@ def load(
     >>> model.generate(prompt, max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
     True
     """
-    config, path = _config(folder), Path(folder).expanduser()
+    config = _config(folder)
     quantization = _quantization(config)
     fmt = _format(quantization)
-    if fmt is None or (not packed and not path.is_dir()):
+    if fmt is None:
         return load_stock(folder, dtype, device)
     if packed or int_quantized.LAYOUT in str(quantization.get("format")):
         config.quantization_config = LowbitConfig.wrap(quantization)
         return _load_packed(folder, config, dtype, device)
     del config.quantization_config
-    return _load_dense(path, config, fmt, quantization, dtype).to(device)  # type: ignore
+    return _load_dense(folder, config, fmt, quantization, dtype).to(device)  # type: ignore
 
 
 def _load_packed(
@@ -100,14 +100,15 @@ def _load_packed(
 
 
 def _load_dense(
-    folder: Path, config: Any, fmt: Format, quantization: Mapping[str, Any], dtype: torch.dtype | str
+    folder: str | Path, config: Any, fmt: Format, quantization: Mapping[str, Any], dtype: torch.dtype | str
 ) -> PreTrainedModel:
+    path = _on_disk(folder)
     try:
         with quiet():
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config, **NEVER_TRUSTED)
             transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-            state = dict(dense_tensors(folder, fmt, quantization, transposed))
+            state = dict(dense_tensors(path, fmt, quantization, transposed))
             loaded = type(skeleton).from_pretrained(
                 None,
                 config=config,
@@ -116,13 +117,24 @@ def _load_dense(
                 output_loading_info=True,
             )
         model = _complete(loaded, folder)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.name_or_path = model.config.name_or_path = str(folder)  # "None" where tensors were given
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except LowbitError:
         raise
     except Exception as error:  # likewise
         raise _refusal(folder, "can't be loaded", error) from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _on_disk(folder: str | Path) -> Path:
+    """The folder, or the snapshot of a hub id, whose configuration is looked at as a folder's is."""
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    snapshot = origin.from_hub(str(folder))
+    untrusted.check_config(snapshot)
+    return snapshot
 
 
 def load_stock(

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from lowbit import formats, hf, source
 from lowbit.errors import LowbitError
 from lowbit.hardware import find_device
+from lowbit.untrusted import NEVER_TRUSTED
 
 Shape = tuple[int, int, int, int, torch.dtype]
 """Bits, group size, outputs, inputs, and what is multiplied: fields of `lowbit_kernels.tune.Weight`."""
@@ -55,24 +56,24 @@ def shapes_of(model: str, device: torch.device) -> tuple[list[Shape], list[str]]
     """
     from lowbit_kernels import unsupported
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = source.find(model, Path(scratch))
-    quantization, fmt = hf.quantization_of(folder)
-    if fmt is None:
-        raise LowbitError(f"{model} is not quantized: give a checkpoint of lowbit quantize")
-    stored = getattr(AutoConfig.from_pretrained(folder), "dtype", None)
-    dtype = torch.float16 if stored == torch.float16 else torch.bfloat16
     found, left = dict[Shape, None](), dict[str, None]()
-    for name, tensors in hf.layers(folder, fmt):
-        if isinstance(tensors, torch.Tensor):
-            continue
-        weight, _ = formats.read(fmt, tensors, fmt.read_config(quantization, name), quantization)
-        (out, columns), scheme = weight.shape, weight.scheme
-        reason = unsupported(scheme.bits, scheme.group_size, columns, dtype, device)
-        if reason is None:
-            found[scheme.bits, scheme.group_size, out, columns, dtype] = None
-        else:
-            left[f"{scheme} {out}x{columns}: {reason}"] = None
+    with tempfile.TemporaryDirectory() as scratch:  # what a .gguf file becomes goes with it
+        folder = source.find(model, Path(scratch))
+        quantization, fmt = hf.quantization_of(folder)
+        if fmt is None:
+            raise LowbitError(f"{model} is not quantized: give a checkpoint of lowbit quantize")
+        stored = getattr(AutoConfig.from_pretrained(folder, **NEVER_TRUSTED), "dtype", None)
+        dtype = torch.float16 if stored == torch.float16 else torch.bfloat16
+        for name, tensors in hf.layers(folder, fmt):
+            if isinstance(tensors, torch.Tensor):
+                continue
+            weight, _ = formats.read(fmt, tensors, fmt.read_config(quantization, name), quantization)
+            (out, columns), scheme = weight.shape, weight.scheme
+            reason = unsupported(scheme.bits, scheme.group_size, columns, dtype, device)
+            if reason is None:
+                found[scheme.bits, scheme.group_size, out, columns, dtype] = None
+            else:
+                left[f"{scheme} {out}x{columns}: {reason}"] = None
     return list(found), list(left)
 
 

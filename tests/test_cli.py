@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import lowbit
 from lowbit import QuantScheme, cli
-from lowbit.verify import VerificationError
+from lowbit.errors import VerificationError
 
 Folders = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]

@@ -98,6 +98,20 @@ def test_what_is_not_there_is_one_line(run: Run, command: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if parameters(name)[0].name == "model"])
+def test_a_gguf_file_is_taken_where_the_help_says_so(run: Run, command: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    rest = nonsense(command, tmp_path)[1:]
+    code, out, err = run(command, file, *rest)
+    assert (code, out) == (2, "")
+    if ".gguf" in parameters(command)[0].help:
+        assert "is a file" not in err  # but one that begins like a GGUF file and ends there
+    else:
+        what = f"{file} is a file: give a folder or a hub id (org/name); lowbit compare reads .gguf files"
+        assert err == f"lowbit: {what}\n"
+
+
 def test_a_misspelt_command(run: Run) -> None:
     code, out, err = run("quantise")
     assert (code, out) == (2, "")

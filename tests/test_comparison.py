@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lowbit import QuantScheme, hf
-from lowbit.comparison import Comparison, Measured, Original, compare_checkpoints, frontier, short_names
+from lowbit.comparison import (
+    Comparison,
+    Measured,
+    Original,
+    compare_checkpoints,
+    frontier,
+    short_names,
+    weight_bytes,
+)
 from lowbit.comparison_page import render
 from lowbit.errors import LowbitError
 from lowbit.evaluate import Result, compare, perplexity
@@ -119,3 +129,29 @@ def test_another_models_checkpoint(tiny_model: Folders) -> None:
     original = Original(hf.load(tiny_model("llama")), windows, lambda *_: None)
     with pytest.raises(LowbitError, match="the one it was made from"):
         compare(other, original, windows)
+
+
+def test_an_original_that_gives_no_numbers(tiny_model: Folders) -> None:
+    folder = tiny_model("llama")
+    bad, windows = hf.load(folder), windows_for(folder, 32, 2)
+    bad.lm_head.weight.data[5] = torch.nan
+    original = Original(bad, windows, lambda *_: None)
+    with pytest.raises(LowbitError, match=r"^the original gives NaN logits: load it in bfloat16 or float32$"):
+        compare(hf.load(folder), original, windows)
+
+
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_a_second_copy_of_the_weights_is_not_counted(tiny_model: Folders, tmp_path: Path, size: str) -> None:
+    """Mistral's repositories hold `consolidated.safetensors` beside what loaders read."""
+    folder = shutil.copytree(tiny_model("mistral", max_shard_size=size), tmp_path / "model")
+    expected = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    save_file({"layers.0.attention.wq.weight": torch.ones(64, 64)}, folder / "consolidated.safetensors")
+    assert weight_bytes(str(folder), folder) == expected
+
+
+def test_a_shard_that_is_not_there_is_one_line(tiny_model: Folders, text_file: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama", max_shard_size="60KB"), tmp_path / "model")
+    gone = sorted(folder.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(LowbitError, match=f"model can't be loaded: .*{gone.name}"):
+        compare_checkpoints([str(folder)], str(tiny_model("llama")), text_file, seq_len=32, windows=1)

@@ -174,6 +174,21 @@ class TestRefusals:
             with pytest.raises(LowbitError, match=r"llama.* gives NaN logits: load it in bfloat16"):
                 compare(model, reference, windows_for(folder))
 
+    @pytest.mark.parametrize(
+        ("value", "what"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")]
+    )
+    def test_an_original_that_gives_no_numbers(self, folder: Path, value: float, what: str) -> None:
+        """Normalized they are NaN, of which the divergence would make a 0."""
+
+        def original(index: int, window: Tensor) -> Tensor:
+            logits = torch.zeros(len(window) - 1, 352)
+            logits[3] = value
+            return logits
+
+        with pytest.raises(LowbitError) as caught:
+            compare(load(folder), original, windows_for(folder))
+        assert str(caught.value) == f"the original gives {what} logits: load it in bfloat16 or float32"
+
     def test_training_mode(self, folder: Path) -> None:
         with pytest.raises(LowbitError, match=r"is in training mode: call model.eval"):
             compare(load(folder), load(folder).train(), windows_for(folder))

@@ -16,6 +16,7 @@ import lowbit
 from lowbit import QuantScheme, hf
 from lowbit.errors import LowbitError
 from lowbit.quantized import QuantizedWeight
+from tests.hub_stub import MODEL, Hub
 
 Folders = Callable[..., Path]
 
@@ -169,3 +170,30 @@ def test_a_folder_at_home(
     for packed in (True, False):
         assert hf.load("~/model", packed=packed).config.model_type == "llama"
     assert len(hf.load_tokenizer("~/model")) == len(hf.load_tokenizer(checkpoints["gptq"]))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq"])
+def test_a_hub_id_loads_as_its_folder_does(
+    hub: Hub, checkpoints: dict[str, Path], name: str, packed: bool
+) -> None:
+    hub.folder = checkpoints[name]
+    model, expected = (hf.load(place, packed=packed) for place in (MODEL, checkpoints[name]))
+    linear = model.model.layers[0].mlp.up_proj
+    assert type(linear) is type(expected.model.layers[0].mlp.up_proj)
+    assert packed or type(linear) is torch.nn.Linear
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert model.generation_config.eos_token_id == expected.generation_config.eos_token_id == 2
+    assert (model.config.name_or_path, expected.config.name_or_path) == (MODEL, str(checkpoints[name]))
+
+
+def test_numbers_of_a_hub_id_are_looked_at_too(
+    hub: Hub, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.folder = shutil.copytree(checkpoints["gptq"], tmp_path / "model")
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**25}))
+    with pytest.raises(LowbitError, match="num_hidden_layers=33554432 does not fit the files"):
+        hf.load(MODEL, packed=False)

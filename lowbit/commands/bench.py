@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, Native, open_console, print_json
+from lowbit.commands.options import AsJson, Checkpoint, Device, Native, open_console, print_json
 
 EXAMPLES = (
     "lowbit bench qwen3-8b-w4 --reference Qwen/Qwen3-8B",
@@ -17,7 +17,7 @@ EXAMPLES = (
 
 
 def run(
-    model: Model,
+    model: Checkpoint,
     reference: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="The original, measured after it.", show_default=False),

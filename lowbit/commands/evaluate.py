@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.commands.options import AsJson, Checkpoint, Device, open_console, print_json
 from lowbit.errors import LowbitError
 
 EXAMPLES = (
@@ -22,7 +22,7 @@ DEFAULT = "wikitext2"
 
 
 def run(
-    model: Model,
+    model: Checkpoint,
     reference: Annotated[
         Optional[str],  # noqa: UP045  (typer reads this at run time on Python 3.10)
         typer.Option(help="The original, to measure what quantization changed.", show_default=False),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.commands.options import AsJson, Device, Model, Native, open_console, print_json
+from lowbit.commands.options import AsJson, Checkpoint, Device, Native, open_console, print_json
 
 EXAMPLES = (
     "lowbit generate qwen3-8b-w4 --prompt 'Why is the sky blue?'",
@@ -16,7 +16,7 @@ EXAMPLES = (
 
 
 def run(
-    model: Model,
+    model: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,

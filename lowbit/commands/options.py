@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -17,9 +18,22 @@ if TYPE_CHECKING:
     from lowbit.target import Target
 
 
+FOLDER = "a folder or a hub id (org/name)"
+
+
 def _there(model: str) -> str:
     """Refuse a path that is none at once."""
     check_source(model)
+    return model
+
+
+def _loadable(model: str) -> str:
+    """Refuse a file at once, too: `lowbit compare` alone makes a model of one to measure it."""
+    check_source(model, FOLDER)
+    path = Path(model).expanduser()
+    if path.is_file():
+        also = "; lowbit compare reads .gguf files" if path.suffix == ".gguf" else ""
+        raise LowbitError(f"{model} is a file: give {FOLDER}{also}")
     return model
 
 
@@ -31,6 +45,15 @@ Model = Annotated[
         callback=_there,
     ),
 ]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="Hub id (org/name or org/name@revision), or local folder.",
+        show_default=False,
+        callback=_loadable,
+    ),
+]
+"""A model as `lowbit.hf.load` takes it, which loads no `.gguf` file."""
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Native = Annotated[
     Optional[bool],  # noqa: UP045

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowbit.commands.options import AsJson, Device, Model, open_console, print_json
+from lowbit.commands.options import AsJson, Checkpoint, Device, open_console, print_json
 
 EXAMPLES = ("lowbit tune qwen3-8b-w4", "lowbit tune my-org/my-model-w4 --device cuda:1 --json")
 
 
-def run(model: Model, device: Device = "auto", as_json: AsJson = False) -> None:
+def run(model: Checkpoint, device: Device = "auto", as_json: AsJson = False) -> None:
     """Time the kernels' tiles for a checkpoint's shapes on this GPU, and keep the best for all later runs.
 
     Optional: shipped tiles are used where nothing was timed. Hopper's were timed on an H200, the others

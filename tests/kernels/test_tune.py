@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from lowbit import QuantScheme, cli, tiles
+from lowbit.conversion import convert
+from lowbit.errors import LowbitError
 from lowbit.results import Report
 from lowbit_kernels import matmul, tune, tuned
 from lowbit_kernels.matmul import grid_constants, tile_for
@@ -102,6 +105,27 @@ def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     assert caught.value.code == 2
     line = "lowbit: --device auto: lowbit tune times kernels on a GPU, and there is none here\n"
     assert capfd.readouterr() == ("", line)
+
+
+def test_a_file_is_read_before_its_folder_goes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    convert(checkpoint(), tmp_path / "model.gguf")
+    with pytest.raises(LowbitError, match=r"model\.gguf is not quantized: give a checkpoint of lowbit quant"):
+        tiles.shapes_of(str(tmp_path / "model.gguf"), GPU)
+
+
+def test_code_of_a_checkpoint_is_not_asked_for(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, asked = AutoConfig.from_pretrained, list[object]()
+
+    def spy(name: object, **options: object) -> object:
+        asked.append(options.get("trust_remote_code"))
+        return read(name, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", spy)
+    monkeypatch.setattr(matmul, "target", lambda device: matmul.Target("sm_90", 132, True))
+    tiles.shapes_of(str(checkpoint()), GPU)
+    assert set(asked) == {False}
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
