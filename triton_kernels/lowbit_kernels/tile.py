@@ -208,9 +208,3 @@ def load_x(pointers, row_mask, column, K, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(pointers, mask=row_mask, other=0.0)
     return tl.load(pointers, mask=row_mask & (column < K), other=0.0)
-
-
-@triton.jit
-def scaled(w, scale, DTYPE: tl.constexpr):
-    """Weights of one group in 16 bits: what a dense checkpoint would hold."""
-    return w * scale.to(DTYPE)
