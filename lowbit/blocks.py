@@ -8,7 +8,7 @@ is in memory at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from lowbit.algorithms import ALGORITHMS, CORRECTIONS, ONE_PASS, REWRITES, smoot
 from lowbit.calibration import Group, RoundedInputs, find_groups, observe, pool
 from lowbit.pair import Pair
 from lowbit.plan import Plan, align
+from lowbit.progress import Progress
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Layer
 from lowbit.rounding import Rounder, Task
@@ -33,9 +34,6 @@ SAMPLED_ROWS = 512
 
 UNCUT = "a block could not be cut behind attention: it ran whole in every pass, which takes longer"
 """A note; see `halves.py`."""
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with a stage, steps done, steps in all, and what is going on."""
 
 
 @dataclass(frozen=True)

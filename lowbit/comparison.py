@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from lowbit import hf, topology, untrusted
 from lowbit import source as sources
-from lowbit.blocks import Progress
 from lowbit.dataset import evaluation_windows, full_name, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
 from lowbit.evaluate import Result, check_model, compare
 from lowbit.hardware import evaluation_dtype
 from lowbit.inspection import inspect
+from lowbit.progress import Progress, silent
 from lowbit.record import public, this_run
 from lowbit.stream import Stream
 
@@ -138,7 +138,7 @@ def compare_checkpoints(
         LowbitError: something can't be loaded, or does not belong to the original; no such precision.
     """
     dtype = evaluation_dtype(dtype, torch.device(device))
-    told = progress or (lambda *_: None)
+    told = progress or silent
     names = short_names(models)
     with tempfile.TemporaryDirectory() as scratch:
         opened = _folder(reference, Path(scratch) / "reference")

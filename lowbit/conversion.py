@@ -27,13 +27,13 @@ from transformers import AutoConfig
 from lowbit import beside, checkpoint, formats, gguf_file, hf, places
 from lowbit import source as sources
 from lowbit.algorithms import rtn
-from lowbit.blocks import Progress
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError, VerificationError
 from lowbit.formats import FORMATS
 from lowbit.formats import gguf as gguf_blocks
 from lowbit.gguf_file import GgufWriter
 from lowbit.packed import Packed, carry, digest
+from lowbit.progress import Progress, silent
 from lowbit.quantized import QuantizedWeight
 from lowbit.results import Conversion
 from lowbit.scheme import QuantScheme
@@ -89,7 +89,7 @@ def convert(
             crossing = _ToGguf(opened, result, lossy, scratch / "model.gguf")
         else:
             crossing = _ToCheckpoint(opened, result, lossy, scratch / "checkpoint", shard_bytes)
-        crossing.write(progress or _silent)
+        crossing.write(progress or silent)
         crossing.verify()
         if format != GGUF:
             beside.write_sums(crossing.path)
@@ -296,7 +296,3 @@ class _ToGguf(_Crossing):
                 dense = kind in gguf_file.DENSE
                 found[name] = digest(data) if dense else digest(*gguf_blocks.unpack(kind, data))
         return found
-
-
-def _silent(stage: str, done: int, total: int, detail: str) -> None:
-    pass

@@ -33,8 +33,8 @@ from lowbit.dataset import evaluation_windows, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
 from lowbit.hardware import evaluation_dtype
+from lowbit.progress import Count
 
-Progress: TypeAlias = Callable[[int, int], None]
 Logits: TypeAlias = Callable[[int, Tensor], Tensor]
 
 CHUNK_BYTES = 2**26  # of float32 logits normalized at a time
@@ -93,7 +93,7 @@ def perplexity(
     seq_len: int = 2048,
     windows: int | None = None,
     split: str = "test",
-    progress: Progress | None = None,
+    progress: Count | None = None,
     divergence: Divergence | None = None,
 ) -> Result:
     """Evaluate a model on a text, and against the original model if one is given.
@@ -137,7 +137,7 @@ def compare(
     model: PreTrainedModel,
     reference: PreTrainedModel | Logits | None,
     windows: Tensor,
-    progress: Progress | None = None,
+    progress: Count | None = None,
     divergence: Divergence | None = None,
 ) -> Result:
     """Evaluate `model` on token windows, against `reference` unless that is None.

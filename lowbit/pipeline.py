@@ -23,13 +23,13 @@ from lowbit import effort as effort_dial
 from lowbit import source as sources
 from lowbit.algorithms import ALGORITHMS, BY_COLUMN, CORRECTIONS, columns
 from lowbit.batches import Data, find_batches
-from lowbit.blocks import Progress
 from lowbit.budget import keep_to
 from lowbit.effort import EFFORTS, LOSSES, QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, make_plan
+from lowbit.progress import Progress, silent
 from lowbit.results import Report
 from lowbit.road import Road
 from lowbit.scheme import QuantScheme
@@ -130,7 +130,7 @@ def quantize(
     data = Data(dial.dataset, dial.samples, seq_len, seed, mix)
     hub_source.check(keep_source, model, dial, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
-    fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or _silent
+    fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or silent
     shard_bytes, where = checkpoint.parse_size(max_shard_size), ranks.own_device(find_device(device))
     with open_work(target, restart) as work, ExitStack() as ends:
         places.check_target(target, _name(model), overwrite or work.is_placed(target))
@@ -308,10 +308,6 @@ def _check_trainable(source: Source, dial: Effort) -> None:
 
 def _name(model: str | Path | PreTrainedModel) -> str:
     return str(getattr(model, "name_or_path", model))
-
-
-def _silent(stage: str, done: int, total: int, detail: str) -> None:
-    pass
 
 
 def _open(

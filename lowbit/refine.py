@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from lowbit import formats, hf
-from lowbit.blocks import Progress, fingerprint
+from lowbit.blocks import fingerprint
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.distill import LATENT_RATE, TOKENS_PER_STEP, Distilled, distill
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.judge import head_inputs, next_tokens
+from lowbit.progress import Progress, silent
 from lowbit.quantized import QuantizedWeight
 
 
@@ -89,7 +90,7 @@ def refine(
     Raises:
         LowbitError: `folder` is not quantized in a format that lowbit reads, or can't be trained.
     """
-    told = progress or (lambda stage, done, total, detail: None)
+    told = progress or silent
     quantization, fmt = hf.quantization_of(folder)
     if fmt is None:
         raise LowbitError(f"{folder} is not quantized in a format that lowbit reads: quantize it first")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit import checkpoint, durable, hf, ranks, record
 from lowbit import source as sources
 from lowbit.algorithms import BY_COLUMN, CORRECTIONS, columns, rtn
-from lowbit.blocks import BlockQuantizer, Progress, fingerprint
+from lowbit.blocks import BlockQuantizer, fingerprint
 from lowbit.budget import Budget
 from lowbit.carried import Carried
 from lowbit.checkpoint import CheckpointWriter
@@ -28,6 +28,7 @@ from lowbit.effort import QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.plan import Plan, head_name
+from lowbit.progress import Progress
 from lowbit.quantized import QuantizedWeight
 from lowbit.refine import refine
 from lowbit.results import Layer, Report

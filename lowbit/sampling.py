@@ -6,19 +6,19 @@ is `seq_len` steps through the weights per batch of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit.dataset import check_shape, prefix_ids
 from lowbit.errors import LowbitError
+from lowbit.progress import Count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress: TypeAlias = Callable[[int, int], None]
 
 GREEDY = 4  # tokens after a random first token that are not sampled
 BATCH = 32  # rows written at a time: bounds the key/value cache
@@ -30,7 +30,7 @@ def sample_from_model(
     samples: int,
     seq_len: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Tensor:
     """Calibration text that the model writes itself.
 

@@ -36,6 +36,7 @@ from lowbit.algorithms import gptq
 from lowbit.calibration import Group, find_groups, operands
 from lowbit.carried import Carried
 from lowbit.plan import Plan, align
+from lowbit.progress import Progress
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source, free
 from lowbit.stream import Stream
@@ -46,8 +47,6 @@ SHRINKS = (1.0, 0.9, 0.8)
 
 SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it; the others are taken to err alike."""
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

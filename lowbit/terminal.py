@@ -22,10 +22,10 @@ from rich.progress import (
 from rich.table import Table
 
 from lowbit import interruption
-from lowbit.blocks import Progress as ProgressCallback
 from lowbit.comparison import Comparison
 from lowbit.evaluate import Result
 from lowbit.inspection import Inspection
+from lowbit.progress import Progress as ProgressCallback
 from lowbit.push import Upload
 from lowbit.results import Conversion, Report
 from lowbit.speed import Speed

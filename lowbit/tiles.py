@@ -9,7 +9,7 @@ is timed, and how, is `lowbit_kernels/tune.py`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from transformers import AutoConfig
 from lowbit import formats, hf, source
 from lowbit.errors import LowbitError
 from lowbit.hardware import find_device
+from lowbit.progress import Progress, silent
 from lowbit.untrusted import NEVER_TRUSTED
 
 Shape = tuple[int, int, int, int, torch.dtype]
 """Bits, group size, outputs, inputs, and what is multiplied: fields of `lowbit_kernels.tune.Weight`."""
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def shapes_of(model: str, device: torch.device) -> tuple[list[Shape], list[str]]
 
 
 def tune(
-    model: str, device: str = "auto", progress: Progress = lambda *told: None
+    model: str, device: str = "auto", progress: Progress = silent
 ) -> tuple[list[Timed], list[str], Path]:
     """Time tiles for a checkpoint's shapes and keep the best.
 

@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 # A module imports modules of a lower level only. A new file takes its place here.
 LEVELS = {
     "errors": 0,
+    "progress": 0,
     "effort": 0,
     "ranks": 1,
     "interruption": 0,
