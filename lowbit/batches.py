@@ -1,7 +1,16 @@
-"""The token batches of a run: calibration data, and one short text to verify the result with."""
+"""The token batches of a run: calibration data, and one short text to verify the result with.
+
+Rows are drawn from all of a local text, whatever its size: it is read to its end, and a sample of it is kept
+and tokenized. Of a hub's dataset only the beginning is fetched.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
+from operator import itemgetter
+from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import torch
@@ -10,10 +19,19 @@ from transformers import PreTrainedTokenizerBase
 
 from lowbit import hf, passages, ranks, sampling
 from lowbit.algorithms import ALGORITHMS, ONE_PASS
-from lowbit.blocks import Progress
-from lowbit.dataset import characters_for, pack_tokens, read_documents
+from lowbit.dataset import (
+    PIECE,
+    Document,
+    characters_for,
+    characters_in,
+    each_document,
+    full_name,
+    pack_tokens,
+    read_documents,
+)
 from lowbit.effort import PASSAGES
 from lowbit.errors import LowbitError
+from lowbit.progress import Progress
 from lowbit.quiet import quiet
 from lowbit.results import Report
 from lowbit.source import Source
@@ -26,7 +44,15 @@ PROBE = (
 )
 
 
-class Data(NamedTuple):
+class _Data(NamedTuple):
+    dataset: str | None
+    samples: int
+    seq_len: int
+    seed: int
+    mix: bool = True
+
+
+class Data(_Data):
     """What to calibrate on.
 
     Attributes:
@@ -35,13 +61,18 @@ class Data(NamedTuple):
         seq_len: Tokens of each.
         seed: Which rows of the text.
         mix: Take a share of the rows from the passages.
+
+    Raises:
+        LowbitError: no generator takes that seed.
     """
 
-    dataset: str | None
-    samples: int
-    seq_len: int
-    seed: int
-    mix: bool = True
+    __slots__ = ()
+
+    def __new__(cls, dataset: str | None, samples: int, seq_len: int, seed: int, mix: bool = True) -> Data:
+        """As the attributes."""
+        if not 0 <= seed < 2**63:
+            raise LowbitError(f"--seed {seed} can't be used: give one from 0 to {2**63 - 1}")
+        return super().__new__(cls, dataset, samples, seq_len, seed, mix)
 
 
 def find_batches(
@@ -138,5 +169,59 @@ def draw_rows(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_l
     """Calibration rows of a text or of the passages, int64 `[rows, seq_len]`; `samples` of them, or all."""
     if spec == PASSAGES:
         return passages.read_tokens(tokenizer, samples, seq_len, seed)
-    documents = read_documents(spec, max_characters=characters_for(samples, seq_len))
+    documents = _documents(full_name(spec, "train"), characters_for(samples, seq_len), seed)
     return pack_tokens(documents, tokenizer, samples, seq_len, seed)
+
+
+def _documents(spec: str, characters: int, seed: int) -> list[Document]:
+    """All of a local text or, where it is longer, so many characters from all over it; a hub's first ones."""
+    if not Path(spec).is_file() and not Path(spec.partition(":")[0]).is_dir():
+        return read_documents(spec, max_characters=characters)
+    documents = read_documents(spec, max_characters=characters + 1)
+    if sum(map(characters_in, documents)) <= characters:
+        return documents
+    found = _sampled(_pieces(spec), characters, seed)
+    return ["".join(map(str, found))] if Path(spec).suffix == ".txt" else found
+
+
+def _pieces(spec: str) -> Iterator[Document]:
+    """A local text to its end, in pieces that are kept or left out together."""
+    if Path(spec).suffix == ".txt":
+        yield from _between_words(map(str, each_document(spec, part=PIECE)))
+        return
+    for document in each_document(spec):
+        if isinstance(document, str) and len(document) > PIECE:
+            yield from _between_words(document[at : at + PIECE] for at in range(0, len(document), PIECE))
+        elif characters_in(document):
+            yield document
+
+
+def _between_words(parts: Iterable[str]) -> Iterator[str]:
+    """The same text, without words that are cut in two; one without blanks is cut anywhere."""
+    rest = ""
+    for part in parts:
+        text = rest + part
+        end = max(text.rfind(" "), 0) if len(part) == PIECE else 0
+        yield text[: end or None]
+        rest = text[end:] if end else ""
+    if rest:
+        yield rest
+
+
+def _sampled(pieces: Iterable[Document], characters: int, seed: int) -> list[Document]:
+    """A seeded sample of so many characters at most, in order; memory holds no more than that.
+
+    Every piece draws a number, and those with the lowest ones stay.
+    """
+    random, limit, size = Random(seed), 1.0, 0
+    kept: list[tuple[float, int, Document]] = []  # a heap with the highest number on top
+    for place, piece in enumerate(pieces):
+        number = random.random()
+        if number >= limit:
+            continue
+        heappush(kept, (-number, place, piece))
+        size += characters_in(piece)
+        while size > characters and len(kept) > 1:
+            highest, _, dropped = heappop(kept)
+            limit, size = -highest, size - characters_in(dropped)
+    return [piece for *_, piece in sorted(kept, key=itemgetter(1))]

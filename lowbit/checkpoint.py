@@ -30,14 +30,17 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB` or `300MB` (powers of ten, as the hub counts).
 
     Raises:
-        LowbitError: not a positive size.
+        LowbitError: not a positive size, or more bytes than a file can have.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     unit = match and (match[2] if match[2] in UNITS else f"{match[2]}B")
-    size = int(float(match[1]) * UNITS[unit]) if match and unit is not None else 0
-    if size <= 0:
+    size = float(match[1]) * UNITS[unit] if match and unit is not None else 0.0
+    if size >= 2**63:
+        shown = text if len(text) <= 24 else f"{text[:24]}..."
+        raise LowbitError(f"{shown!r} is more than any disk holds: write it like 5GB or 300MB")
+    if size < 1:
         raise LowbitError(f"{text!r} is not a size: write it like 5GB or 300MB")
-    return size
+    return int(size)
 
 
 class CheckpointWriter:
@@ -210,6 +213,8 @@ def check_room(folder: Path, needed: int) -> None:
 def scratch_beside(output: Path) -> Iterator[Path]:
     """A folder next to `output` for the files of a run; after a failure no trace is left of it.
 
+    What `kill -9` leaves is `OUTPUT.unfinished-...`, where a user sees it; see `put_in_place`.
+
     Raises:
         LowbitError: it can't be made.
     """
@@ -217,7 +222,7 @@ def scratch_beside(output: Path) -> Iterator[Path]:
     try:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent)
+            scratch = tempfile.TemporaryDirectory(prefix=f"{output.name}.unfinished-", dir=output.parent)
         except OSError as error:
             raise LowbitError(
                 f"{output} can't be written ({error.strerror}): choose another folder"
@@ -232,8 +237,20 @@ def scratch_beside(output: Path) -> Iterator[Path]:
 
 
 def put_in_place(finished: Path, output: Path) -> None:
-    """Rename what is finished to `output`; what is there already is moved aside and removed."""
-    (durable.sync_folder if finished.is_dir() else durable.sync)(finished)
+    """Rename what is finished to `output`; what is there already is replaced.
+
+    A file is replaced in one step: at every moment `output` is the old one or the new one, whole. A folder
+    can't be, so the old one is moved aside, to `replaced` beside `finished`, and removed when the new one has
+    its name. Where the process is killed between the two renames, nothing is called `output`, and both are
+    whole in the folder of the run beside it, whose name begins with that of `output`. A work folder is put
+    right by the next run (`work.py`); of `scratch_beside` the user renames one of them.
+    """
+    if not finished.is_dir():
+        durable.sync(finished)
+        finished.replace(output)
+        durable.sync(output.parent)
+        return
+    durable.sync_folder(finished)
     aside = finished.with_name("replaced")
     if output.exists():
         output.rename(aside)

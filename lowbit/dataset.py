@@ -10,8 +10,8 @@ A row begins with what the model's tokenizer puts before every text: BOS for Lla
 nothing for Qwen and GPT-2. Gemma's perplexity without BOS is meaningless, and calibration must see
 the outsized activations of the first token that the model sees in use.
 
-Work is bounded by what is asked for, not by the size of the corpus: hub datasets are streamed and
-only a seeded sample of a large text is tokenized.
+Work is bounded by what is asked for, not by the size of the corpus: hub datasets are streamed as far as
+needed, and only a seeded sample of a large text is tokenized.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PIECE = 2**16  # characters of a long document that are kept or left out togethe
 
 
 def characters_for(samples: int, seq_len: int) -> int:
-    """Characters that are plenty for `samples` rows of `seq_len` tokens: `pack_tokens` reads no more."""
+    """Characters that are plenty for `samples` rows of `seq_len` tokens: no more are tokenized."""
     return max(2**21, 16 * samples * seq_len)
 
 
@@ -90,10 +90,7 @@ def read_documents(
         raise LowbitError(f"{spec}: no such file")
     if path.is_file() and path.suffix not in EXTENSIONS:
         raise LowbitError(f"{spec}: unknown extension {path.suffix!r}: use one of {', '.join(EXTENSIONS)}")
-    try:
-        documents = _collect(_documents(spec, split, max_characters), limit, max_characters)
-    except UnicodeDecodeError as error:
-        raise LowbitError(f"{spec}: not UTF-8 text at byte {error.start}: convert it to UTF-8") from error
+    documents = _collect(each_document(spec, split, max_characters), limit, max_characters)
     if not any(d.strip() if isinstance(d, str) else d for d in documents):
         raise LowbitError(f"{spec}: holds no text")
     return documents
@@ -104,21 +101,26 @@ def _collect(documents: Iterator[Document], limit: int | None, max_characters: i
     characters = 0
     for document in islice(documents, limit):
         found.append(document)
-        characters += _characters(document)
+        characters += characters_in(document)
         if max_characters is not None and characters >= max_characters:
             break
     return found
 
 
-def _documents(spec: str, split: str, max_characters: int | None) -> Iterator[Document]:
-    suffix = Path(spec).suffix
-    if suffix == ".txt":
-        with open(spec, encoding="utf-8", newline="") as file:
-            yield file.read(max_characters)
-        return
-    read = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(suffix)
-    for row in read(spec) if read else _dataset_rows(spec, split):
-        yield _document(row, spec)
+def each_document(spec: str, split: str = "train", part: int | None = None) -> Iterator[Document]:
+    """What `read_documents` lists, one by one; with `part` a `.txt` file in parts of so many characters."""
+    read = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(Path(spec).suffix)
+    try:
+        if Path(spec).suffix == ".txt":
+            with open(spec, encoding="utf-8", newline="") as file:
+                while text := file.read(part):
+                    yield text
+            return
+        for row in read(spec) if read else _dataset_rows(spec, split):
+            yield _document(row, spec)
+    except UnicodeDecodeError as error:
+        near = error.object[max(0, error.start - 8) : error.start + 8]
+        raise LowbitError(f"{spec}: not UTF-8 text near {near!r}: convert it to UTF-8") from error
 
 
 def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -271,25 +273,26 @@ def check_shape(rows: int, seq_len: int, prefix: Sequence[int]) -> None:
         raise LowbitError(f"seq_len={seq_len} is too short: use at least {len(prefix) + 2}")
 
 
-def _characters(document: Document) -> int:
+def characters_in(document: Document) -> int:
+    """Its length; of a chat that of all turns."""
     return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document)
 
 
 def _sample_pieces(documents: Sequence[Document], budget: int, seed: int) -> list[Document]:
     """All non-empty documents, or a seeded sample of them (long ones cut up) of about `budget` characters."""
-    if sum(map(_characters, documents)) <= budget:
-        return [d for d in documents if _characters(d)]
+    if sum(map(characters_in, documents)) <= budget:
+        return [d for d in documents if characters_in(d)]
     spans = [
         (index, start)
         for index, d in enumerate(documents)
-        for start in range(0, _characters(d) if isinstance(d, str) else min(1, _characters(d)), PIECE)
+        for start in range(0, characters_in(d) if isinstance(d, str) else min(1, characters_in(d)), PIECE)
     ]
     chosen: list[tuple[int, int]] = []
     characters = 0
     for i in torch.randperm(len(spans), generator=torch.Generator().manual_seed(seed)).tolist():
         index, start = spans[i]
         chosen.append(spans[i])
-        characters += min(PIECE, _characters(documents[index]) - start)
+        characters += min(PIECE, characters_in(documents[index]) - start)
         if characters >= budget:
             break
     return [_piece(documents[index], start) for index, start in sorted(chosen)]

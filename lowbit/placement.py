@@ -29,11 +29,7 @@ from transformers.core_model_loading import (
 from lowbit.errors import LowbitError
 from lowbit.experts import DOWN, GATED, UP
 from lowbit.formats import Format, is_part
-
-_DTYPES = {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8,
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
-}  # fmt: skip
+from lowbit.shard import dtype_of
 
 
 @dataclass
@@ -70,7 +66,7 @@ def packed_layers(files: Sequence[str], fmt: Format) -> dict[str, dict[str, Tens
     """Tensors on the meta device, by suffix, of every packed layer, by its name on disk.
 
     Raises:
-        LowbitError: a file is of another kind.
+        LowbitError: a file, or the dtype of a tensor, is of another kind.
     """
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file in files:
@@ -81,7 +77,7 @@ def packed_layers(files: Sequence[str], fmt: Format) -> dict[str, dict[str, Tens
                 name, _, suffix = key.rpartition(".")
                 piece = opened.get_slice(key)
                 if is_part(fmt, suffix, piece.get_dtype()):
-                    dtype = _DTYPES.get(piece.get_dtype(), torch.float32)
+                    dtype = dtype_of(piece.get_dtype(), f"{file}: {key}")
                     found[name][suffix] = torch.empty(piece.get_shape(), dtype=dtype, device="meta")
     return found
 

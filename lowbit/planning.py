@@ -19,12 +19,12 @@ from lowbit import ranks, sensitivity
 from lowbit import source as sources
 from lowbit.algorithms import BY_COLUMN
 from lowbit.batches import Data, find_batches
-from lowbit.blocks import Progress
 from lowbit.effort import DEFAULT, EFFORTS
 from lowbit.errors import LowbitError
 from lowbit.formats import compressed_tensors
 from lowbit.hardware import find_device, find_dtype
 from lowbit.plan import Plan, make_plan
+from lowbit.progress import Progress, silent
 from lowbit.results import Report
 from lowbit.scheme import QuantScheme
 from lowbit.source import Source
@@ -48,7 +48,9 @@ def base_scheme(
         raise LowbitError("within= chooses the schemes: leave out scheme= and schemes=, or within=")
     if max_memory:
         raise LowbitError(f"--max-memory does not count what {target.option} takes: drop one of them")
-    return QuantScheme(target.bits or 4, target.group_size or 128), target.group_size is None
+    bits, group_size = target.bits, target.group_size
+    grid = QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size)
+    return grid, group_size is None
 
 
 def first_scheme(
@@ -185,7 +187,8 @@ def preview(
     Raises:
         LowbitError: as `quantize`.
     """
-    where, told = find_device(device), progress or (lambda stage, done, total, detail: None)
+    data = Data(dataset, SAMPLES, LENGTH, seed, mix)
+    where, told = find_device(device), progress or silent
     with tempfile.TemporaryDirectory() as scratch:
         source = Source(sources.find(str(model), Path(scratch)), find_dtype(dtype, where))
         scheme, auto_group = base_scheme(target)
@@ -194,7 +197,7 @@ def preview(
         )  # fmt: skip
         room = find_room(source, plan, target)
         notes: list[str] = []
-        rows = read_rows(source, Data(dataset, SAMPLES, LENGTH, seed, mix), told, notes)
+        rows = read_rows(source, data, told, notes)
         choice = spend(source, plan, room, rows, method or EFFORTS[DEFAULT].method, where, told)
         choice.notes += notes
         shapes = {n: s for group in choice.groups for n, s in zip(group.names, group.shapes, strict=True)}

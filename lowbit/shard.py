@@ -25,24 +25,46 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
+
 DTYPES = {
+    torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
+    torch.complex64: "C64",
     torch.float32: "F32",
+    torch.uint32: "U32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names of the format, in the order in which the library stores them."""
+"""Names of the format, in the order in which the library stores them; its types of 4 and 6 bits are left out,
+whose tensors have another shape in torch than on disk, or none."""
 
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _AT_ONCE = 2**22  # bytes copied at a time
+
+
+def dtype_of(name: str, tensor: str) -> torch.dtype:
+    """What torch calls a dtype of the format, that of `tensor`.
+
+    Raises:
+        LowbitError: lowbit does not read or write it.
+    """
+    if name not in _BY_NAME:
+        raise LowbitError(f"{tensor} is stored as {name}: convert it to one of {', '.join(_ORDER)}")
+    return _BY_NAME[name]
 
 
 class Shard:
@@ -63,7 +85,9 @@ class Shard:
         self.closed = bool(mark and mark["closed"])
         self._whole = dict(mark) if mark and self.closed else {}
         if mark:
-            self._entries = [tuple(entry) for entry in mark["entries"]]
+            if any(kind not in _ORDER for kind, *_ in mark["entries"]):
+                raise LowbitError(f"{path} was begun by another version: add --restart to start over")
+            self._entries = [(_ORDER.index(kind), *rest) for kind, *rest in mark["entries"]]
         self.names = [name for _, name, *_ in self._entries]
         self.size = sum(entry[-1] for entry in self._entries)
         if not self.closed:
@@ -76,8 +100,10 @@ class Shard:
         """Append one tensor of any shape and device; its bytes go to disk at once.
 
         Raises:
-            KeyError: safetensors has no name for its dtype.
+            LowbitError: `DTYPES` lacks its dtype.
         """
+        if tensor.dtype not in DTYPES:
+            raise LowbitError(f"{name} is {tensor.dtype}: convert it to one of {', '.join(_ORDER)}")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         kind = _ORDER.index(DTYPES[tensor.dtype])
         self._entries.append((kind, name, list(tensor.shape), self.size, flat.size))
@@ -125,7 +151,8 @@ class Shard:
                 with self.path.open("rb+") as file:
                     os.fsync(file.fileno())
                 self._whole["synced"] = True
-        return {"closed": self.closed, "entries": [list(entry) for entry in self._entries], **found}
+        entries = [[_ORDER[kind], *rest] for kind, *rest in self._entries]
+        return {"closed": self.closed, "entries": entries, **found}
 
     @property
     def data_path(self) -> Path:

@@ -12,14 +12,16 @@ target can't be met without them, or where the user names them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
-from lowbit import knapsack, shard
+from lowbit import knapsack, shard, untrusted
 from lowbit.checkpoint import check_room, stored_dtype
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors import stored_bytes
@@ -65,7 +67,12 @@ class Target:
             raise LowbitError(
                 "a target is either --target-bpw or --target-size, more than 0: give one of them"
             )
-        QuantScheme(self.bits or FEWEST_BITS, self.group_size or WHOLE_ROW)
+        if given[0] == math.inf:
+            raise LowbitError(f"{self.option} is no target: give a number such as 4.25")
+        QuantScheme(
+            FEWEST_BITS if self.bits is None else self.bits,
+            WHOLE_ROW if self.group_size is None else self.group_size,
+        )
 
     def __str__(self) -> str:
         return f"{self.bits_per_weight:g} bits per weight" if self.size is None else megabytes(self.size)
@@ -73,10 +80,9 @@ class Target:
     @property
     def option(self) -> str:
         """As the command line spells it."""
-        given = (
-            f"--target-size {megabytes(self.size)}" if self.size else f"--target-bpw {self.bits_per_weight:g}"
-        )
-        return given
+        if self.size is None:
+            return f"--target-bpw {self.bits_per_weight:g}"
+        return f"--target-size {megabytes(self.size)}"
 
     def check(self, format: str) -> None:
         """Raise `LowbitError` where loaders of a format know no mixed schemes."""
@@ -224,7 +230,7 @@ def _estimated_bytes(source: Source, plan: Plan) -> int:
             bits += out * width * (16 if dense else per_weight)
     blocks = sum(p.numel() for p in plan.blocks.parameters())
     rest = sum(p.numel() for p in source.model.parameters()) - blocks
-    return int(1.1 * (bits / 8 + 2 * rest)) + 50_000_000
+    return int(1.1 * (bits / 8 + 2 * rest + _extra_bytes(source))) + 50_000_000
 
 
 def find_room(source: Source, plan: Plan, target: Target) -> Room:
@@ -245,13 +251,13 @@ def find_room(source: Source, plan: Plan, target: Target) -> Room:
     rest = fixed[0] + headers + _dense_bytes(source, plan, planned)
     if target.size is None:
         assert target.bits_per_weight is not None
-        limit = int(target.bits_per_weight * (weights + fixed[1]) / 8) - fixed[0]
+        limit = int(min(target.bits_per_weight, 16.0) * (weights + fixed[1]) / 8) - fixed[0]
         whole = 2 * (weights + fixed[1]) - fixed[0]
     else:
         limit, whole = target.size - rest, source.bytes - rest
     if limit >= whole:
         raise LowbitError(f"{target.option} is no less than the original: give less")
-    for bits in [target.bits] if target.bits else [4, 3, 2]:
+    for bits in [4, 3, 2] if target.bits is None else [target.bits]:
         least = sum(
             min(stored_bytes(m.shape, scheme) for scheme in _schemes(m.shape[1], bits, target.group_size))
             for m in wanted
@@ -297,16 +303,32 @@ def _dense_bytes(source: Source, plan: Plan, planned: set[str]) -> int:
     """Bytes of what is written as it is, with its headers."""
     if plan.head is not None:
         planned = planned | {f"{head_name(source.model)}.weight"}
-    dtypes, total = {name: dtype for dtype, name in shard.DTYPES.items()}, 0
-    dense = {*source.keys_outside(planned), *source.extra_keys}
-    for file in source.folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            for key in dense.intersection(opened.keys()):
-                dense.remove(key)  # another file may hold a copy
-                piece = opened.get_slice(key)
-                dtype = stored_dtype(dtypes[piece.get_dtype()], source.stored_dtype)
-                total += math.prod(piece.get_shape()) * dtype.itemsize + len(key) + HEADER_BYTES
+    extra, total = set(source.extra_keys), 0
+    for key, dtype, count in _in_headers(source, {*source.keys_outside(planned), *extra}):
+        kept = dtype if key in extra else stored_dtype(dtype, source.stored_dtype)
+        total += count * kept.itemsize + len(key) + HEADER_BYTES
     return total
+
+
+def _extra_bytes(source: Source) -> int:
+    """Bytes of what the architecture does not use, which is copied as it is."""
+    shards, extra = getattr(source, "shards", None), set(source.extra_keys)
+    if shards is None:
+        return sum(count * dtype.itemsize for _, dtype, count in _in_headers(source, extra))
+    where = dict(chain.from_iterable(header.items() for header in shards.headers.values()))
+    return sum(where[key][1] - where[key][0] for key in extra)  # the files themselves are not here
+
+
+def _in_headers(source: Source, keys: Iterable[str]) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Of each tensor on disk its key, dtype and number of values."""
+    left = set(keys)
+    for file in reversed(untrusted.weight_files(source.folder)):  # what several hold is read from the last
+        with safe_open(file, framework="pt") as opened:
+            for key in left.intersection(opened.keys()):
+                left.remove(key)
+                piece = opened.get_slice(key)
+                dtype = shard.dtype_of(piece.get_dtype(), f"{file}: {key}")
+                yield key, dtype, math.prod(piece.get_shape())
 
 
 def choose(groups: Sequence[Sensitivity], room: Room) -> Choice:

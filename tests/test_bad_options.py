@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import lowbit
-from lowbit import cli, interruption
+from lowbit import cli, interruption, planning
 from lowbit.errors import LowbitError
 from lowbit.shard import Shard
 from tests.refused import Refused
@@ -50,6 +50,9 @@ ROOT = Path(__file__).parents[1]
         (["--dtype", "fast"], "--dtype fast is not supported: use auto, bfloat16"),
         (["--max-shard-size", "big"], "'big' is not a size: write it like 5GB or 300MB"),
         (["--max-shard-size", "0"], "'0' is not a size"),
+        (["--max-shard-size", "9" * 400], "9999...' is more than any disk holds: write it like 5GB or 300MB"),
+        (["--seed", 99999999999999999999], "9223372036854775807"),
+        (["--seed", -1], "Invalid value for '--seed'"),
         (["--skip", "no_such_proj"], "--skip 'no_such_proj' matches no linear layer: names look like"),
         (["--skip", "*"], "no linear layer left to quantize: see --skip"),
         (["--format", "awq"], "awq holds no symmetric scheme, got w4g64: use --asymmetric"),
@@ -245,9 +248,10 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
     [
         (
             ["eval", "/no/such/folder"],
-            "/no/such/folder does not exist: give a folder, a .gguf file or a hub id (org/name)",
+            "/no/such/folder does not exist: give a folder or a hub id (org/name)",
         ),
         (["eval", "{model}", "--dataset", "missing.txt"], "missing.txt: no such file"),
+        (["plan", "{model}", "--target-bpw", "4.4", "--seed", 2**63], "Invalid value for '--seed'"),
         (["eval", "{model}", "--dtype", "fast"], "--dtype fast is not supported"),
         (["eval", "{model}", "--device", "gpu"], "--device gpu can't be used here"),
         (["eval", "{model}", "--dataset", "{text}", "--seq-len", 2048], "2048"),
@@ -274,6 +278,17 @@ def test_other_commands(
     assert (caught.value.code, out) == (2, "")
     assert expected in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_seed_that_no_generator_takes(tiny_model: Folders, tmp_path: Path, seed: int, method: str) -> None:
+    line = f"--seed {seed} can't be used: give one from 0 to 9223372036854775807"
+    with pytest.raises(LowbitError, match=line):
+        lowbit.quantize(tiny_model("llama"), output=tmp_path / "out", method=method, seed=seed)
+    with pytest.raises(LowbitError, match=line):
+        planning.preview(tiny_model("llama"), lowbit.Target(4.4), method=method, seed=seed)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_python_callers_catch_a_value_error(tiny_model: Folders, tmp_path: Path) -> None:

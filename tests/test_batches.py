@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
 
-from lowbit import hf, passages
-from lowbit.batches import Data, find_batches
-from lowbit.dataset import pack_tokens
+from lowbit import batches, dataset, hf, passages
+from lowbit.batches import Data, draw_rows, find_batches
+from lowbit.dataset import pack_tokens, read_documents
 from lowbit.errors import LowbitError
 from lowbit.results import Report
 from lowbit.source import Source
+from tests.tiny import make_tokenizer
 
 Folders = Callable[..., Path]
 LENGTH = 24
@@ -95,3 +99,119 @@ def test_passages_are_of_many_kinds() -> None:
     for code in ("def ", "#include", "SELECT ", "</"):
         assert code in text
     assert 0.1 < passages.SHARE < 0.4
+
+
+# --- from where in a text the rows are drawn
+
+LETTERS = string.ascii_lowercase[:20]
+KINDS = ("txt", "jsonl", "one document", "chats", "parquet", "folder")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dataset.Document]:
+    """Everything is small: 4000 characters are plenty, in pieces of 200. Holds what is tokenized."""
+    for module in (batches, dataset):
+        monkeypatch.setattr(module, "characters_for", lambda samples, seq_len: 4000)
+        monkeypatch.setattr(module, "PIECE", 200, raising=False)
+    seen: list[dataset.Document] = []
+    encode = dataset._encode
+    monkeypatch.setattr(dataset, "_encode", lambda pieces, t: (seen.extend(pieces), encode(pieces, t))[1])
+    return seen
+
+
+def write(folder: Path, kind: str, texts: list[str]) -> str:
+    """One text after the other in a file, or a folder, of a kind."""
+    path = folder / f"text.{kind if kind in ('txt', 'parquet') else 'jsonl'}"
+    if kind == "txt":
+        path.write_text("".join(texts), encoding="utf-8")
+    elif kind in ("parquet", "folder"):
+        path = path if kind == "parquet" else folder / "train-00000.parquet"
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    else:
+        texts = ["".join(texts)] if kind == "one document" else texts
+        rows = [
+            {"messages": [{"role": "user", "content": t}]} if kind == "chats" else {"text": t} for t in texts
+        ]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(folder if kind == "folder" else path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_come_from_all_over_a_local_text(
+    tmp_path: Path, seen: list[dataset.Document], kind: str
+) -> None:
+    """Sorted by topic, and ten times what is plenty: one letter after the other."""
+    spec = write(tmp_path, kind, [f"{letter} " * 90 for letter in LETTERS for _ in range(11)])
+    tokenizer = make_tokenizer(chat=True)
+    rows = draw_rows(spec, tokenizer, 10**4, 16, seed=0)
+    found = set(tokenizer.decode(rows.flatten()).replace("user", "").replace("</s>", "")) & set(LETTERS)
+    assert len(found) >= 8  # of 20 pieces; fewer in one of a million draws
+    assert found & set(LETTERS[:5])
+    assert found & set(LETTERS[-5:])
+    assert 3000 < sum(map(dataset.characters_in, seen)) <= 4000, "no more than is plenty is tokenized"
+    assert torch.equal(draw_rows(spec, tokenizer, 10**4, 16, seed=0), rows)
+    assert not torch.equal(draw_rows(spec, tokenizer, 10**4, 16, seed=1)[: len(rows)], rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_not_longer_is_read_whole(
+    tmp_path: Path, seen: list[dataset.Document], kind: str
+) -> None:
+    texts = [f"{letter} of the mill\r\n" * 9 for letter in LETTERS]
+    total = sum(map(len, texts))
+    texts[3] += "x" * (4000 - total)
+    assert sum(map(len, texts)) == 4000
+    spec, tokenizer = write(tmp_path, kind, texts), make_tokenizer(chat=True)
+    rows = draw_rows(spec, tokenizer, 100, 16, seed=5)
+    assert torch.equal(rows, pack_tokens(read_documents(spec), tokenizer, 100, 16, seed=5))
+    assert sum(map(dataset.characters_in, seen)) == 8000
+
+
+@pytest.mark.parametrize("kind", ["txt", "one document"])
+def test_no_word_is_cut(tmp_path: Path, seen: list[dataset.Document], kind: str) -> None:
+    words = [f"{number:05}" for number in range(5000)]
+    spec = write(tmp_path, kind, [" ".join(words)])
+    draw_rows(spec, make_tokenizer(), 100, 16, seed=0)
+    found = " ".join(map(str, seen)).split()
+    assert set(found) <= set(words)
+    assert found == sorted(found)
+    assert " ".join(map(str, batches._pieces(spec))).split() == words
+
+
+def test_a_text_without_blanks(tmp_path: Path, seen: list[dataset.Document]) -> None:
+    spec = write(tmp_path, "txt", ["\u6cb3" * 9000])
+    assert len(draw_rows(spec, make_tokenizer(), 4, 16, seed=0)) == 4
+    assert seen == ["\u6cb3" * 4000]
+
+
+def test_a_document_that_is_larger_than_the_sample(tmp_path: Path, seen: list[dataset.Document]) -> None:
+    """A chat is never cut: of several too large ones one is drawn."""
+    spec = write(tmp_path, "chats", [f"{letter} " * 3000 for letter in LETTERS])
+    assert len(draw_rows(spec, make_tokenizer(chat=True), 10, 16, seed=0)) == 10
+    assert len(seen) == 1
+
+
+def test_every_piece_is_as_likely_as_any_other() -> None:
+    counts = torch.zeros(50)
+    for seed in range(600):
+        taken = [int(piece) for piece in batches._sampled((f"{n:04}" for n in range(50)), 40, seed)]
+        assert taken == sorted(taken)
+        assert len(taken) == 10
+        counts[taken] += 1
+    assert counts.mean() == 120
+    assert (counts - 120).abs().max() < 5 * (600 * 0.2 * 0.8) ** 0.5
+
+
+def test_of_a_hub_only_the_beginning_is_fetched(
+    seen: list[dataset.Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+
+    def rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        for number in range(10**9):
+            fetched.append(number)
+            yield {"text": f"row {number} "}
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    assert len(draw_rows("org/name", make_tokenizer(), 10, 16, seed=0)) == 10
+    assert sum(map(len, map(str, seen))) == sum(len(f"row {n} ") for n in fetched) < 4010

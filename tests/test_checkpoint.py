@@ -33,6 +33,13 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         checkpoint.parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "10000000TB", "9223372036854775808"])
+def test_a_size_that_no_disk_has_is_refused(text: str) -> None:
+    with pytest.raises(LowbitError, match="is more than any disk holds: write it like 5GB") as caught:
+        checkpoint.parse_size(text)
+    assert len(str(caught.value)) < 100
+
+
 def some_tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(40, 30, generator=generator)
@@ -169,6 +176,42 @@ def test_an_old_checkpoint_survives_a_failed_rename(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         checkpoint.put_in_place(finished, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_an_old_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.gguf").write_text("old")
+    (tmp_path / "scratch").mkdir()
+    finished = tmp_path / "scratch" / "model.gguf"
+    finished.write_text("new")
+
+    def moved(self: Path, target: Path) -> Path:
+        raise AssertionError(f"{self} was moved: nothing is called {target} for a moment")
+
+    monkeypatch.setattr(Path, "rename", moved)
+    checkpoint.put_in_place(finished, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_text() == "new"
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_a_kill_leaves_of_an_exchange_can_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two renames both are whole in a folder beside the output that `ls` shows."""
+    make_checkpoint(tmp_path / "out", "old")
+    rename, seen = Path.rename, {}
+
+    def last_moment(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint":
+            seen.update({path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.json")})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", last_moment)
+    with checkpoint.scratch_beside(tmp_path / "out") as scratch:
+        checkpoint.put_in_place(make_checkpoint(scratch / "checkpoint", "new"), tmp_path / "out")
+    assert {path.parent.name: text for path, text in seen.items()} == {"replaced": "old", "checkpoint": "new"}
+    assert all(path.parts[0].startswith("out.unfinished-") for path in seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
 
 
 def test_scratch_leaves_no_trace_of_a_failure(tmp_path: Path) -> None:

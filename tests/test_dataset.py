@@ -71,7 +71,12 @@ class TestReadDocuments:
             ("none.txt", None, "no such file"),
             ("a.csv", b"text\nx\n", r"unknown extension '.csv': use one of .txt, .jsonl, .parquet"),
             ("a.txt", b" \n", "holds no text"),
-            ("a.txt", b"ab\xff", "not UTF-8 text at byte 2"),
+            ("a.txt", b"ab\xff", r"not UTF-8 text near b'ab\\xff': convert it"),
+            (
+                "a.txt",
+                b"x" * 9000 + b"caf\xe9 au lait" + b"y" * 9000,
+                r"near b'xxxxxcaf\\xe9 au lai': convert it",
+            ),
             ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON"),
             ("a.jsonl", b"[1]\n", r"a.jsonl:1: not a JSON object"),
             ("a.jsonl", b"\n", "holds no text"),

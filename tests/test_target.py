@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit import QuantScheme, Target, cli, hf
 from lowbit.dataset import evaluation_windows
 from lowbit.errors import LowbitError
 from lowbit.evaluate import compare
+from lowbit.formats import compressed_tensors
+from lowbit.hub_source import HubSource
 from lowbit.inspection import inspect
+from lowbit.plan import make_plan
 from lowbit.planning import preview
 from lowbit.results import Report
+from lowbit.source import Source
+from lowbit.target import _estimated_bytes
+from tests.hub_stub import MODEL, Hub
 from tests.page import Page
 from tests.refused import Refused
 from tests.tiny import TEXT
@@ -121,6 +129,85 @@ def test_fewer_bits_only_where_they_are_needed_or_named(tiny_model: Folders, tex
     assert {scheme.group_size for scheme in sizes.by_module().values()} == {32}
 
 
+UNUSED = {
+    "mtp.wide.weight": torch.randn(300, 40),
+    "mtp.double": torch.randn(9000, dtype=torch.float64),
+    "mtp.half.weight": torch.randn(64, 64).half(),
+    "mtp.eight": torch.randn(70, 7).to(torch.float8_e4m3fn),
+    "mtp.exponents": torch.ones(70, 7).to(torch.float8_e8m0fnu),
+    "mtp.short": torch.arange(333).to(torch.uint16),
+    "mtp.int": torch.arange(33).to(torch.uint32),
+    "mtp.long": torch.arange(31).to(torch.uint64),
+    "mtp.wave": torch.zeros(50, dtype=torch.complex64),
+}
+
+
+@pytest.fixture
+def with_unused(tiny_model: Folders, tmp_path: Path) -> Path:
+    """A model beside tensors that its architecture does not use, in all kinds of dtypes."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors") | UNUSED
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_what_is_copied_counts_as_it_is(
+    quantize: Callable[..., Report], with_unused: Path, text_file: str
+) -> None:
+    size = preview(with_unused, Target(4.4), method="rtn", dataset=text_file).size
+    report = quantize(with_unused, None, within=Target(size=size))
+    assert size >= file_bytes(report.output) > 0.95 * size
+    copied = load_file(report.output / "model.safetensors")
+    for name, tensor in UNUSED.items():
+        assert copied[name].dtype == tensor.dtype
+        assert torch.equal(copied[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_room_on_the_disk_for_what_is_copied(
+    quantize: Callable[..., Report],
+    with_unused: Path,
+    tiny_model: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("lowbit.target.check_room", lambda _, count: needed.append(count))
+    for model in (tiny_model("llama"), with_unused):
+        quantize(model, verify_output=False, overwrite=True)
+    more = 1.1 * sum(tensor.nbytes for tensor in UNUSED.values())
+    assert needed[1] - needed[0] == pytest.approx(more, abs=1)
+
+
+def test_room_for_what_is_copied_of_a_hub_source(hub: Hub, hub_models: Folders, tmp_path: Path) -> None:
+    """Whose files are not here yet."""
+    hub.folder = hub_models("extra")
+    sources = HubSource(MODEL, tmp_path / "source", torch.float32), Source(hub.folder, torch.float32)
+    remote, local = ([s, make_plan(s.model, QuantScheme(4, 32), compressed_tensors)] for s in sources)
+    assert local[0].extra_keys
+    extra = sum(local[0].read(key).nbytes for key in local[0].extra_keys)
+    whole = _estimated_bytes(*local)
+    assert _estimated_bytes(*remote) == whole
+    local[0].extra_keys = []
+    assert whole - _estimated_bytes(*local) == pytest.approx(1.1 * extra, abs=1)
+
+
+def test_a_dtype_that_is_not_known_is_refused(refused: Refused, with_unused: Path) -> None:
+    tensors = load_file(with_unused / "model.safetensors")
+    tensors["mtp.pairs"] = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file(tensors, with_unused / "model.safetensors", {"format": "pt"})
+    for options in ([], ["--target-bpw", "5"]):
+        line = refused(with_unused, *options)
+        assert "model.safetensors: mtp.pairs is stored as F4: convert it to one of U64, I64" in line
+
+
+def test_files_that_belong_to_no_model_do_not_count(with_unused: Path, text_file: str) -> None:
+    """Another file beside `model.safetensors` is not read: an adapter, or a copy in float32."""
+    told = preview(with_unused, Target(4.4), method="rtn", dataset=text_file)
+    tensors = load_file(with_unused / "model.safetensors")
+    wide = {key: tensor.double() for key, tensor in tensors.items() if not tensor.is_complex()}
+    save_file(wide, with_unused / "a-copy.safetensors", {"format": "pt"})
+    assert preview(with_unused, Target(4.4), method="rtn", dataset=text_file).size == told.size
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -129,6 +216,12 @@ def test_fewer_bits_only_where_they_are_needed_or_named(tiny_model: Folders, tex
          "--target-bpw 4 is below the smallest possible: use at least 4.247, or --bits 3"),
         (["--target-bpw", "16"], "--target-bpw 16 is no less than the original: give less"),
         (["--target-bpw", "-1"], "a target is either --target-bpw or --target-size, more than 0"),
+        (["--target-bpw", "inf"], "--target-bpw inf is no target: give a number such as 4.25"),
+        (["--target-bpw", "nan"], "a target is either --target-bpw or --target-size, more than 0"),
+        (["--target-bpw", "1e308"], "--target-bpw 1e+308 is no less than the original: give less"),
+        (["--target-bpw", "5", "--bits", 0], "bits=0 is not supported: use one of (2, 3, 4, 8)"),
+        (["--target-bpw", "5", "--group-size", 0], "group_size=0 is not supported: use 32, 64, 128, or -1"),
+        (["--target-size", "9" * 400], "is more than any disk holds: write it like 5GB or 300MB"),
         (["--target-bpw", "4.25", "--target-size", "1MB"], "give one of them"),
         (["--target-size", "1KB"], "--target-size 0.00 MB is below the smallest possible: use at least 0.1"),
         (["--target-size", "9GB"], "--target-size 9.00 GB is no less than the original: give less"),

@@ -43,7 +43,7 @@ def run(
         typer.Option(help="Text to measure on, as for lowbit quantize.", show_default=False),
     ] = None,
     mix: Annotated[bool, typer.Option("--mix/--no-mix", help="As for lowbit quantize.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
     skip: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Modules to leave alone, as a pattern; repeatable.", show_default=False),

@@ -138,7 +138,7 @@ def run(
             "does not suffer.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
     skip: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(

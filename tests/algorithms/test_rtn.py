@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from lowbit import grid
 from lowbit.algorithms import ALGORITHMS, rtn
 from lowbit.scheme import QuantScheme
 from tests.algorithms.examples import SCHEMES, correlated_inputs, random_weight, second_moment
+
+
+def by_hand(group: Tensor, scheme: QuantScheme) -> tuple[float, int]:
+    """Scale and zero of the min-max grid of one group; a zero is 1 at least, which leaves less above it."""
+    if scheme.symmetric:
+        outermost = group[group.abs().argmax()]
+        return float((-outermost / 2 ** (scheme.bits - 1)).half()), 2 ** (scheme.bits - 1)
+    low, high = min(float(group.min()), 0.0), max(float(group.max()), 0.0)
+    top = 2**scheme.bits - 1
+    scale = float(torch.tensor(max((high - low) / top, high / (top - 1))).half())
+    return scale, min(max(round(-low / scale), 1), top)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_is_nearest_on_the_min_max_grid(scheme: QuantScheme) -> None:
     weight = random_weight(7, 96)
     quantized, note = rtn.quantize_weight(weight, None, scheme, torch.float16)
-    scales, zeros = grid.find_params(weight, scheme, torch.float16)
     assert note == ""
-    assert torch.equal(quantized.codes, grid.quantize(weight, scales, zeros, scheme))
-    assert torch.equal(quantized.dequantize(), grid.dequantize(quantized.codes, scales, zeros, scheme))
+    values, length = quantized.dequantize().double(), scheme.columns_per_group(96)
+    for row in range(7):
+        for start in range(0, 96, length):
+            group = weight[row, start : start + length]
+            scale, zero = by_hand(group, scheme)
+            index = row, start // length
+            assert (float(quantized.scales[index]), int(quantized.zeros[index])) == (scale, zero)
+            every = (torch.arange(2**scheme.bits).double()[:, None] - zero) * scale
+            nearest = (every - group.double()).abs().amin(0)
+            found = values[row, start : start + length]
+            assert torch.allclose((found - group.double()).abs(), nearest, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
