@@ -6,6 +6,12 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
+FOLDERS = frozenset({"additional_chat_templates", ".cache"})  # the latter is of a download
+SUFFIXES = frozenset(
+    {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".md", ".html", ".tiktoken", ""}
+)
+"""What a folder may hold that is removed for a new checkpoint: nothing that somebody else put there."""
+
 
 def split_revision(model: str) -> tuple[str, str | None]:
     """Hub id and revision of `org/name@revision`; what names no revision stays as it is.
@@ -57,7 +63,7 @@ def check_target(output: Path, source: str, overwrite: bool, as_file: bool = Fal
     """Refuse an output, a folder or with `as_file` a file, that would overwrite something.
 
     Raises:
-        LowbitError: `output` exists and is not empty (or is not a checkpoint), or holds the source.
+        LowbitError: `output` exists and is not empty (or holds more than a checkpoint), or holds the source.
     """
     origin = Path(source).expanduser().resolve()
     if source and origin.exists() and (origin == output or output in origin.parents):
@@ -69,10 +75,17 @@ def check_target(output: Path, source: str, overwrite: bool, as_file: bool = Fal
         if output.exists() and not overwrite:
             raise LowbitError(f"{output} exists: choose another or add --overwrite")
         return
+    if output.suffix == ".gguf":
+        raise LowbitError(
+            f"{output} is named like a file: choose a folder, and lowbit convert makes a file of it"
+        )
     if output.is_file():
         raise LowbitError(f"{output} is a file: choose a folder")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise LowbitError(f"{output} exists and is not empty: choose another or add --overwrite")
-        if not (output / "config.json").is_file():
+        if not (output / "config.json").is_file() or not any(output.glob("*.safetensors")):
             raise LowbitError(f"{output} holds something else than a model: choose another folder")
+        for path in sorted(output.iterdir()):
+            if path.name not in FOLDERS if path.is_dir() else path.suffix not in SUFFIXES:
+                raise LowbitError(f"{path} is no part of a model: move it away or choose another folder")

@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lowbit
 from lowbit import QuantScheme
@@ -166,6 +173,18 @@ def test_models_that_write_no_text(refused: Refused, tmp_path: Path) -> None:
             f"{tmp_path / name} is ['{architecture}'], not a causal language model that transformers knows: "
             "give a text-generation model"
         )
+
+
+def test_models_that_read_more_than_text(refused: Refused, tmp_path: Path) -> None:
+    """Gemma 3 with a vision tower counts as a causal language model in transformers' own table."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = small | {"image_size": 28, "patch_size": 14}
+    text = small | {"vocab_size": 99, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "seeing")
+    assert "['Gemma3ForConditionalGeneration'], which reads more than text: give" in refused(
+        tmp_path / "seeing"
+    )
 
 
 def test_a_model_that_is_quantized_already(refused: Refused, tiny_model: Folders, tmp_path: Path) -> None:
