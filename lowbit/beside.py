@@ -70,9 +70,12 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
     if not is_quantized(folder):
         return []
     try:
+        own(folder)
         kept = record.load(folder) or record.of_folder(folder, inspect(folder).parts)
     except LowbitError as error:
         return [f"no report: {error}"]
+    except OSError as error:
+        return [_unwritable(folder, error)]
     kept["name"] = folder.resolve().name
     named = [name for name in ("dataset", "reference") if evaluation.get(name)]
     public = {name: record.public(str(evaluation[name])) for name in named}
@@ -84,13 +87,28 @@ def after_eval(folder: Path, evaluation: Mapping[str, Any]) -> list[str]:
         record.save(kept, folder)
         renew_sums(folder)
     except OSError as error:
-        return [f"no report: {folder} can't be written ({error.strerror})"]
+        return [_unwritable(folder, error)]
     return [f"{folder / report.NAME}", *([note] if note else [])]
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"no report: {folder} can't be written ({error.strerror})"
+
+
+def own(folder: Path) -> None:
+    """Make the files that are written anew the folder's own, where they are links (`durable.part_from`).
+
+    Raises:
+        LowbitError: a link leads out of the folder.
+    """
+    for name in (*DESCRIBING, SUMS):
+        durable.part_from(folder, name)
 
 
 def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS`, which `sha256sum --check` and `lowbit inspect --verify` read."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = sorted(path.as_posix() for path in files if path.name != SUMS)
     lines = [f"{durable.sha256(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 

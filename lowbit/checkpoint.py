@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import durable
+from lowbit import durable, places
 from lowbit.errors import LowbitError
 from lowbit.shard import Shard
 
@@ -109,7 +109,12 @@ class CheckpointWriter:
                 shard.data_path.unlink(missing_ok=True)
 
     def finish(self, config: Mapping[str, Any], sidecars: list[Path]) -> None:
-        """Close the last shard; write the index, `config.json`, and copies of the source's other files."""
+        """Close the last shard; write the index, `config.json`, and copies of the source's other files.
+
+        Args:
+            config: What `config.json` is to say.
+            sidecars: The other files, those in `places.CHAT_TEMPLATES` too; or that folder as a whole.
+        """
         self._shards[-1].close(keep_data=self._resumable)
         count = len(self._shards)
         weight_map = {}
@@ -121,8 +126,20 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
         for file in sidecars:
-            shutil.copyfile(file, self.folder / file.name)
+            _copy_sidecar(file, self.folder)
         write_json(self.folder / "config.json", config)
+
+
+def _copy_sidecar(file: Path, folder: Path) -> None:
+    """Copy one of the source's files; what lies in its folder of chat templates lands in ours."""
+    if file.is_dir():
+        shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+        return
+    # A source may be called like that folder, but then it holds a configuration.
+    if file.parent.name == places.CHAT_TEMPLATES and not (file.parent / "config.json").is_file():
+        folder = folder / places.CHAT_TEMPLATES
+        folder.mkdir(exist_ok=True)
+    shutil.copyfile(file, folder / file.name)
 
 
 def drop_parts(folder: Path) -> None:
@@ -148,7 +165,9 @@ def _marked_shards(folder: Path, marks: Sequence[Mapping[str, Any]]) -> list[Sha
         shards.append(Shard(part, mark))
         needed.add(file)
     for path in folder.iterdir():
-        if path not in needed:
+        if path.is_dir():
+            shutil.rmtree(path)  # of the chat templates, where `finish` had begun
+        elif path not in needed:
             path.unlink()
     return shards
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit import untrusted
 from lowbit.errors import LowbitError
 from lowbit.shard import DTYPES
 
@@ -37,11 +39,36 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring all files of a folder to the disk, and their names."""
+    """Bring all files of a folder and of those in it to the disk, and their names."""
     for path in folder.iterdir():
         if path.is_file():
             sync(path)
+        elif path.is_dir():
+            sync_folder(path)
     sync(folder)
+
+
+def part_from(folder: Path, name: str) -> None:
+    """Where a file is a link, put a copy in the link's place: what is written then stays in the folder.
+
+    The hub's cache links the files of a snapshot to blobs, which are named by their content and shared.
+
+    Raises:
+        LowbitError: the link leads out of the folder.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return
+    kept = untrusted.inside(folder, name)
+    if not kept.is_file():  # it leads nowhere
+        path.unlink()
+        return
+    new = path.with_name(f"{name}.new")
+    try:
+        shutil.copyfile(path, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -50,6 +50,18 @@ def from_hub(model: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=list(NEVER_READ)))
 
 
+def has_pickled(model: str, snapshot: Path) -> bool:
+    """Does the hub have pickled weights, which were left out of a snapshot? False where it can't be asked."""
+    from huggingface_hub import HfApi
+
+    hub_id, _ = places.split_revision(model)
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=snapshot.name)
+    except Exception:  # each has its own "can't reach", as below
+        return False
+    return any(name.endswith(".bin") and "/" not in name for name in names)
+
+
 @contextmanager
 def asking_hub(model: str) -> Iterator[None]:
     """Whatever keeps the hub from giving `model` becomes a `LowbitError` that says what to do."""
@@ -166,5 +178,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise LowbitError(
             f"{folder} is {architectures or config.model_type}, not a causal language model "
             "that transformers knows: give a text-generation model"
+        )
+    if config.get_text_config() is not config:
+        raise LowbitError(
+            f"{folder} is {architectures}, which reads more than text: give a model of text alone, as "
+            "google/gemma-3-1b-it is beside google/gemma-3-4b-it"
         )
     return config

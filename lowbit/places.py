@@ -6,7 +6,10 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-FOLDERS = frozenset({"additional_chat_templates", ".cache"})  # the latter is of a download
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one subfolder of a checkpoint: transformers keeps the named chat templates there."""
+
+FOLDERS = frozenset({CHAT_TEMPLATES, ".cache"})  # the latter is of a download
 SUFFIXES = frozenset(
     {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".md", ".html", ".tiktoken", ""}
 )

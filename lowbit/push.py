@@ -6,6 +6,8 @@ sends large files in parts, and the same command goes on where it was interrupte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +17,8 @@ from lowbit.errors import LowbitError
 
 NEVER = (".*", "*/.*", "*.tmp", "*__pycache__/*")  # patterns of fnmatch, as huggingface_hub reads them
 WEIGHTS = (".safetensors",)
+CLIENTS = ("httpx", "httpx2", "requests")
+"""What huggingface_hub's versions speak HTTP with; their errors are no `OSError`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Upload:
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> Upload:
-    """Upload a checkpoint; a card that was not edited gets the name of the repository first.
+    """Upload a checkpoint; a card that was not edited gets the name of the repository once that is there.
 
     Args:
         folder: A finished checkpoint.
@@ -47,10 +51,11 @@ def push(folder: Path, repo_id: str, *, private: bool = False, dry_run: bool = F
         dry_run: Only find out what would go.
 
     Raises:
-        LowbitError: not a finished checkpoint, no such name, not logged in, or the Hub can't be reached.
+        LowbitError: not a finished checkpoint, no such name, not logged in, the Hub can't be reached, or the
+            card can't be written.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
@@ -60,16 +65,29 @@ def push(folder: Path, repo_id: str, *, private: bool = False, dry_run: bool = F
     _check(folder)
     if dry_run:
         return Upload(repo_id, files_of(folder))
-    _rename_card(folder, repo_id)
-    files, api = files_of(folder), HfApi()
-    try:
+    api = HfApi()
+    record.load(folder)  # one that can't be read is refused before anything is made
+    with _asking_hub(repo_id):
         created = api.create_repo(repo_id, private=private or None, exist_ok=True)
+    _rename_card(folder, created.repo_id)
+    files = files_of(folder)
+    with _asking_hub(repo_id):
         api.upload_folder(
             repo_id=created.repo_id,
             folder_path=folder,
             ignore_patterns=list(NEVER),
             commit_message="Upload a checkpoint quantized with lowbit",
         )
+    return Upload(created.repo_id, files, str(created))
+
+
+@contextmanager
+def _asking_hub(repo_id: str) -> Iterator[None]:
+    """Whatever keeps the Hub from taking a checkpoint becomes a `LowbitError` that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
     except LocalTokenNotFoundError:
         raise LowbitError("not logged in to the Hub: run `hf auth login` first") from None
     except HfHubHTTPError as error:
@@ -79,11 +97,13 @@ def push(folder: Path, repo_id: str, *, private: bool = False, dry_run: bool = F
                 f"the Hub refuses {repo_id} ({status}): `hf auth login` with write access"
             ) from None
         raise LowbitError(f"the Hub refuses {repo_id}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ConnectionError) as error:
+    except Exception as error:
+        of_client = any(kind.__module__.partition(".")[0] in CLIENTS for kind in type(error).__mro__)
+        if not (of_client or isinstance(error, OSError)):
+            raise
         raise LowbitError(
             f"the Hub can't be reached ({type(error).__name__}): the same command goes on"
         ) from error
-    return Upload(created.repo_id, files, str(created))
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
@@ -119,6 +139,13 @@ def _rename_card(folder: Path, repo_id: str) -> None:
     kept = record.load(folder)
     if kept is not None and kept.get("repo_id") != repo_id and kept["quantization"]:
         kept["repo_id"] = repo_id
-        if card.write(kept, folder) is None:
-            record.save(kept, folder)
-            beside.renew_sums(folder)
+        try:
+            beside.own(folder)
+            if card.write(kept, folder) is None:
+                record.save(kept, folder)
+                beside.renew_sums(folder)
+        except OSError as error:
+            raise LowbitError(
+                f"{folder} can't be written ({error.strerror}), and its card needs the repository's name: "
+                "copy it to where it can"
+            ) from None

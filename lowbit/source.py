@@ -36,7 +36,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lowbit import identity, origin, pages, untrusted
+from lowbit import identity, origin, pages, places, untrusted
 from lowbit.errors import LowbitError
 from lowbit.moments import is_finite
 from lowbit.quiet import quiet
@@ -71,7 +71,7 @@ def find(model: str, scratch: Path) -> Path:
         raise LowbitError(f"{model} has no config.json: give the folder of a Hugging Face model")
     if any(folder.glob("*.safetensors")):
         return folder
-    if any(folder.glob("*.bin")):
+    if any(folder.glob("*.bin")) or (folder != path and origin.has_pickled(model, folder)):
         raise LowbitError(
             f"{model} has pickled weights (*.bin), which can run code: if you trust their author, load and "
             "save them once with transformers (from_pretrained, save_pretrained)"
@@ -321,15 +321,21 @@ def free(module: nn.Module) -> None:
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """Everything beside the weights and the config: tokenizer, chat template, generation config."""
+    """Everything beside the weights and the config: tokenizer, chat templates, generation config.
+
+    Not what is hidden: the notes of other tools, and maybe secrets.
+    """
     skipped = {file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
-    skipped |= {folder / "config.json", folder / ".gitattributes", folder / "README.md"}
+    skipped |= {folder / "config.json", folder / "README.md"}
     suffixes = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken", ""}
+    templates = sorted((folder / places.CHAT_TEMPLATES).glob("*.jinja"))
+    names = [path.relative_to(folder).as_posix() for path in templates if not path.name.startswith(".")]
     return [
         Path(entry.path)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if entry.is_file()
+        and not entry.name.startswith(".")
         and Path(entry.path) not in skipped
         and Path(entry.name).suffix in suffixes
         and untrusted.inside(folder, entry.name)
-    ]
+    ] + [untrusted.inside(folder, name) for name in names]

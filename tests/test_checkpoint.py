@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowbit import checkpoint, places
+from lowbit import checkpoint, durable, places
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.errors import LowbitError
 
@@ -105,6 +105,46 @@ def test_sidecars_are_copied_and_the_config_is_ours(tmp_path: Path) -> None:
     writer.finish({"name": "é"}, [tmp_path / "tokenizer.json"])
     assert (writer.folder / "tokenizer.json").read_bytes() == b"\xff\x00 bytes as they are"
     assert (writer.folder / "config.json").read_bytes() == '{\n  "name": "é"\n}\n'.encode()
+
+
+def test_chat_templates_keep_their_folder(tmp_path: Path) -> None:
+    """Also where the source itself is called like that, or a finished checkpoint is copied as it is."""
+    source = tmp_path / places.CHAT_TEMPLATES
+    (source / places.CHAT_TEMPLATES).mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer.json").write_text("{}")
+    (source / places.CHAT_TEMPLATES / "rag.jinja").write_text("x")
+    files = [source / "tokenizer.json", source / places.CHAT_TEMPLATES / "rag.jinja"]
+    for number, sidecars in enumerate([files, [files[0], source / places.CHAT_TEMPLATES]]):
+        writer = CheckpointWriter(tmp_path / f"out{number}", 10**9)
+        writer.add("a", torch.ones(2))
+        writer.finish({}, sidecars)
+        assert (writer.folder / "tokenizer.json").is_file()
+        assert (writer.folder / places.CHAT_TEMPLATES / "rag.jinja").read_text() == "x"
+
+
+def test_a_subfolder_is_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / places.CHAT_TEMPLATES / "rag.jinja"
+    file.parent.mkdir()
+    file.touch()
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    durable.sync_folder(tmp_path)
+    assert synced == [file, file.parent, tmp_path]
+
+
+def test_a_run_that_ended_while_it_copied_goes_on(tmp_path: Path) -> None:
+    template = tmp_path / "source" / places.CHAT_TEMPLATES / "rag.jinja"
+    template.parent.mkdir(parents=True)
+    template.write_text("x")
+    writer = CheckpointWriter(tmp_path / "out", 10**9, [])
+    writer.add("a", torch.ones(2))
+    marks = writer.mark()
+    writer.finish({}, [template])
+    again = CheckpointWriter(tmp_path / "out", 10**9, marks)
+    assert not (again.folder / places.CHAT_TEMPLATES).exists()
+    again.finish({}, [template])
+    assert (again.folder / places.CHAT_TEMPLATES / "rag.jinja").is_file()
 
 
 @pytest.mark.parametrize("tied", [None, False])
@@ -255,10 +295,15 @@ def test_target(tmp_path: Path) -> None:
     accepted: list[tuple[Path, bool]] = [(tmp_path / "new", False), (tmp_path / "empty", False)]
     (tmp_path / "empty").mkdir()
     accepted.append((make_checkpoint(tmp_path / "old", "old"), True))
+    (tmp_path / "old" / "model.safetensors").touch()
     accepted.append((source / "inside", False))  # in the model's folder, but not in its way
     for output, overwrite in accepted:
         places.check_target(output, str(source), overwrite)
     (tmp_path / "file").write_text("")
+    for name in ("project", "written"):
+        (make_checkpoint(tmp_path / name, name) / "model.safetensors").touch()
+    (tmp_path / "project" / ".git").mkdir()
+    (tmp_path / "written" / "thesis.tex").write_text("ten years")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("")
     (tmp_path / "link").symlink_to(source)
@@ -269,7 +314,10 @@ def test_target(tmp_path: Path) -> None:
         (source.parent, True, "holds .*the model itself"),
         ((tmp_path / "link").resolve(), True, "is the model itself"),
         (tmp_path / "file", True, "is a file"),
+        (tmp_path / "model.gguf", False, "named like a file: choose a folder, and lowbit convert"),
         (tmp_path / "notes", True, "holds something else than a model"),
+        (tmp_path / "project", True, r"/\.git is no part of a model: move it away"),
+        (tmp_path / "written", True, r"/thesis\.tex is no part of a model: move it away"),
     ]
     for output, overwrite, message in refused:
         with pytest.raises(LowbitError, match=message):

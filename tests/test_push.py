@@ -12,8 +12,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import _http, filter_repo_objects
 
+from lowbit import beside
 from lowbit.errors import LowbitError
 from lowbit.push import NEVER, files_of, push
 
@@ -94,6 +95,50 @@ def test_errors_of_the_hub_are_one_line(folder: Path, hub: Any) -> None:
     hub.create_repo.side_effect = ConnectionError("down")
     with pytest.raises(LowbitError, match="can't be reached"):
         push(folder, "me/river-w4")
+
+
+def test_without_a_network(folder: Path, hub: Any) -> None:
+    """Errors of the HTTP client, by its true classes; the card waits for the repository."""
+    client: Any = getattr(_http, "httpx2", None) or getattr(_http, "httpx", None)
+    assert not issubclass(client.ConnectError, OSError)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.create_repo.side_effect = client.ConnectError("no route")
+    with pytest.raises(LowbitError, match=r"^the Hub can't be reached \(ConnectError\): the same command"):
+        push(folder, "me/river-w4")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    hub.create_repo.side_effect = None
+    hub.upload_folder.side_effect = client.ReadTimeout("slow")
+    with pytest.raises(LowbitError, match=r"^the Hub can't be reached \(ReadTimeout\)"):
+        push(folder, "me/river-w4")
+    hub.upload_folder.side_effect = ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        push(folder, "me/river-w4")
+
+
+def test_the_card_names_the_repository_that_was_made(folder: Path, hub: Any) -> None:
+    push(folder, "river-w4")
+    assert "vllm serve me/river-w4" in (folder / "README.md").read_text()
+    beside.verify_sums(folder)
+
+
+def test_a_card_that_is_a_link_is_replaced(folder: Path, hub: Any) -> None:
+    """The hub's cache shares what its links lead to."""
+    blob = (folder / "README.md").rename(folder / "blob")
+    before = blob.read_bytes()
+    (folder / "README.md").symlink_to("blob")
+    push(folder, "me/river-w4")
+    assert blob.read_bytes() == before
+    assert "vllm serve me/river-w4" in (folder / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_written(folder: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lowbit.card.write", full)
+    with pytest.raises(LowbitError, match=r"w4 can't be written \(No space left on device\), and its card"):
+        push(folder, "me/river-w4")
+    assert not hub.upload_folder.called
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "", "white space", "-x/y"])

@@ -19,6 +19,7 @@ from lowbit import source as sources
 from lowbit import topology
 from lowbit.errors import LowbitError
 from lowbit.source import Source, free, sidecars
+from tests.hub_stub import MODEL, Hub
 from tests.tiny import FAMILIES
 
 CPU = torch.device("cpu")
@@ -262,12 +263,41 @@ def test_a_hub_id_in_the_cache(tiny_model: Folders, tmp_path: Path, monkeypatch:
 def test_sidecars_are_everything_but_weights_and_config(tmp_path: Path) -> None:
     carried = ["tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling_own.py",
                "LICENSE", "tokenizer.model", "merges.txt"]  # fmt: skip
+    templates = ["additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"]
     left = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json",
-            "pytorch_model.bin.index.json", "README.md", ".gitattributes", "model.gguf"]  # fmt: skip
-    for name in carried + left:
+            "pytorch_model.bin.index.json", "README.md", ".gitattributes", "model.gguf", ".env", ".msc",
+            ".DS_Store", ".notes.json", "additional_chat_templates/.DS_Store", "folder/a.jinja",
+            "additional_chat_templates/.hidden.jinja", "additional_chat_templates/notes.txt"]  # fmt: skip
+    for name in carried + templates + left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    (tmp_path / "folder").mkdir()
-    assert sorted(file.name for file in sidecars(tmp_path)) == sorted(carried)
+    found = [file.relative_to(tmp_path).as_posix() for file in sidecars(tmp_path)]
+    assert found == sorted(carried) + templates
+
+
+def test_a_chat_template_outside_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "model" / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(LowbitError, match="is a link out of its folder"):
+        sidecars(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [("pytorch_model.bin", "has pickled weights (*.bin), which can run code: if you trust their author"),
+     ("model.onnx", "has no weights (*.safetensors): download the model completely")],
+)  # fmt: skip
+def test_a_hub_model_without_safetensors(hub: Hub, tmp_path: Path, weights: str, expected: str) -> None:
+    """The weights are not downloaded, and yet it is told which they are."""
+    hub.folder = tmp_path / "repository"
+    hub.folder.mkdir()
+    for name in ("config.json", weights):
+        (hub.folder / name).write_text("{}")
+    with pytest.raises(LowbitError) as caught:
+        sources.find(MODEL, tmp_path / "scratch")
+    assert str(caught.value).startswith(f"{MODEL} {expected}")
+    assert weights not in hub.whole
 
 
 def write_gguf(gguf: object, folder: Path, file: Path) -> None:
