@@ -21,10 +21,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
     from lowbit.conversion import convert
     from lowbit.errors import LowbitError
     from lowbit.evaluate import perplexity
-    from lowbit.hf import load
     from lowbit.pipeline import quantize
     from lowbit.quantized import QuantizedWeight
     from lowbit.scheme import QuantScheme
@@ -44,7 +48,6 @@ _HOMES = {
     "Target": "target",
     "convert": "conversion",
     "enable": "switch",
-    "load": "hf",
     "perplexity": "evaluate",
     "qat": "tuning",
     "quantize": "pipeline",
@@ -61,6 +64,36 @@ __all__ = [
     "qat",
     "quantize",
 ]
+
+
+def load(
+    folder: str | Path,
+    *,
+    packed: bool = True,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "auto",
+) -> PreTrainedModel:
+    """Load a model folder or hub id, quantized or not, in evaluation mode.
+
+    Args:
+        folder: A checkpoint that lowbit or another tool wrote, or any causal language model. A hub id may
+            name a branch, tag or commit: `org/name@revision`.
+        packed: Keep quantized weights packed, in memory too; False gives a dense model, except where
+            activations are rounded too, which no dense model does.
+        dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
+            checkpoint's.
+        device: Where to put it: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        LowbitError: there is no model, its tensors don't fit its configuration, or the device can't be used.
+
+    >>> model = load(checkpoint)
+    >>> model.generate(prompt.to(model.device), max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
+    True
+    """
+    from lowbit import hf
+
+    return hf.load(folder, packed=packed, dtype=dtype, device=device)
 
 
 def __getattr__(name: str) -> Any:

@@ -83,8 +83,11 @@ def find_batches(
     progress: Progress,
     training_samples: int = 0,
     at_once: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[list[Tensor], Tensor | None]:
     """The data of a run, in batches of `at_once` tokens; where that is None, memory is not limited.
+
+    On `device` the model writes text, where it has to write its own.
 
     Returns:
         Calibration batches, then one short text that serves to verify the result; and rows for
@@ -104,7 +107,8 @@ def find_batches(
         raise LowbitError(
             f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that"
         )
-    spec, tokens = _draw(source, report, tokenizer, data._replace(samples=samples), progress, at_once)
+    asked = data._replace(samples=samples)
+    spec, tokens = _draw(source, report, tokenizer, asked, progress, at_once, device)
     name = "lowbit's passages" if spec == PASSAGES else spec
     if len(tokens) < samples:
         report.notes.append(f"{name} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
@@ -133,26 +137,27 @@ def _draw(
     data: Data,
     progress: Progress,
     at_once: int | None,
+    device: str | torch.device,
 ) -> tuple[str, Tensor]:
     """Which text it is in the end, and its rows."""
     spec, asked = data.dataset, (tokenizer, data.samples, data.seq_len, data.seed)
+    told = "writing text"
     if spec is None:
         try:
             return DEFAULT_DATASET, draw_rows(DEFAULT_DATASET, *asked)
         except LowbitError:
             if at_once is not None or not source.whole:
                 raise
-            report.notes.append(
-                f"{DEFAULT_DATASET} could not be reached: calibrated on text sampled from the model itself"
-            )
-            spec = "self"
+            reason = f"{DEFAULT_DATASET} could not be reached"
+            report.notes.append(f"{reason}: calibrated on text sampled from the model itself")
+            spec, told = "self", f"{reason}: the model writes the text itself"
     if spec != "self":
         return spec, draw_rows(spec, *asked)
+    # Loading and the first tokens take a while: who waits for them knows why.
+    progress("sample", 0, data.samples * data.seq_len, told)
     with quiet():
-        whole = hf.load_stock(source.folder, source.dtype)
-    return spec, sampling.sample_from_model(
-        whole, *asked, lambda n, of: progress("sample", n, of, "writing text")
-    )
+        whole = hf.load_stock(source.folder, source.dtype, device)
+    return spec, sampling.sample_from_model(whole, *asked, lambda n, of: progress("sample", n, of, told))
 
 
 def _mix(rows: Tensor, tokenizer: PreTrainedTokenizerBase, data: Data, report: Report) -> Tensor:

@@ -7,6 +7,7 @@ Every refusal is one line on stderr and exit code 2; a failed verification is ex
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -42,6 +43,13 @@ COMMANDS = {
     "push": push,
 }
 """Every command: its name, and the module with its `run` and its `EXAMPLES`."""
+
+SMALLER = {
+    "quantize": ("--max-memory",),
+    "eval": ("a smaller --seq-len",),
+    "compare": ("a smaller --seq-len", "fewer --windows"),
+}
+"""What takes less of a GPU's memory, by command; of the rest only `--device` does."""
 
 OVERVIEW = {
     "make a model small": ("lowbit quantize Qwen/Qwen3-8B --output qwen3-8b-w4",),
@@ -119,6 +127,9 @@ def _failed(error: Exception) -> None:
         _interrupted()
     if signalled is not None:
         raise signalled from None
+    torch: Any = sys.modules.get("torch")  # where it is not loaded, no GPU can be full
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        _fail(_out_of_memory(error), 2)
     if isinstance(error, LowbitError | OSError):  # OSError: a full disk, a folder that may not be read
         _fail(str(error), 2)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # a usage error of click's
@@ -126,6 +137,16 @@ def _failed(error: Exception) -> None:
     if isinstance(error, VerificationError):
         _fail(str(error), 1)
     raise error
+
+
+def _out_of_memory(error: Exception) -> str:
+    """How much more was wanted of a GPU, and what the command that was called can do about it."""
+    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
+    ways = [*SMALLER.get(command, ()), "--device cpu"]
+    more = f" ({wanted[1]} more was needed)" if wanted else ""
+    again = ", with --restart" if hasattr(error, "kept") else ""  # what was begun has other settings
+    return f"the GPU's memory is full{more}: try {' or '.join(ways)}{again}"
 
 
 def _interrupted() -> NoReturn:

@@ -32,7 +32,7 @@ from lowbit import hf
 from lowbit.dataset import evaluation_windows, read_documents
 from lowbit.divergence import Divergence
 from lowbit.errors import LowbitError
-from lowbit.hardware import evaluation_dtype
+from lowbit.hardware import evaluation_dtype, find_device
 from lowbit.progress import Count
 
 Logits: TypeAlias = Callable[[int, Tensor], Tensor]
@@ -93,27 +93,31 @@ def perplexity(
     seq_len: int = 2048,
     windows: int | None = None,
     split: str = "test",
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
     progress: Count | None = None,
     divergence: Divergence | None = None,
 ) -> Result:
     """Evaluate a model on a text, and against the original model if one is given.
 
     Args:
-        model: A causal language model in evaluation mode, or a checkpoint folder or hub id. What is named
-            is loaded in the precision of what is given as a model; where neither is one, in the checkpoint's
-            own, or in float32 on CPUs that have no bfloat16 products.
+        model: A causal language model in evaluation mode, or a checkpoint folder or hub id.
         text: A local file or a hub dataset, as `lowbit.dataset.read_documents` takes it.
         tokenizer: The model's own; needed where `model` is not a path.
         reference: The original model, for the ratio, the divergence and the agreement.
         seq_len: Tokens in a window.
         windows: Evaluate the first so many windows; None takes the whole text.
         split: Split of a hub dataset where `text` names none.
+        device: Where to put what is named; `auto` is where the model is that was given as one; where neither
+            was, a GPU if there is one.
+        dtype: Precision of what is named; `auto` is that of the model that was given as one; where neither
+            was, the checkpoint's own, or float32 on CPUs that have no bfloat16 products.
         progress: Called with (windows done, windows in all).
         divergence: Told of the divergence at every token.
 
     Raises:
         LowbitError: the text, a model or its tokenizer can't be read, the text is shorter than one
-            window, or what `compare` refuses.
+            window, the device or precision can't be used, or what `compare` refuses.
 
     >>> result = perplexity(checkpoint, text_file, reference=tiny_model, seq_len=64)
     >>> result.perplexity > 1, 0 < result.kl < 0.5
@@ -125,11 +129,18 @@ def perplexity(
         tokenizer = hf.load_tokenizer(model)
     tokens = evaluation_windows(read_documents(text, split), tokenizer, seq_len, windows)
     given = [one for one in (model, reference) if isinstance(one, PreTrainedModel)]
-    dtype = given[0].dtype if given else evaluation_dtype("auto", torch.device("cpu"))
-    loaded = model if isinstance(model, PreTrainedModel) else hf.load(model, packed=False, dtype=dtype)
-    original = (
-        hf.load(reference, packed=False, dtype=dtype) if isinstance(reference, str | Path) else reference
-    )
+    if given and device == "auto":
+        device = given[0].device
+    where = find_device(device) if isinstance(device, str) else device
+    precision = given[0].dtype if given and dtype == "auto" else evaluation_dtype(dtype, where)
+
+    def opened(one: PreTrainedModel | str | Path) -> PreTrainedModel:
+        if isinstance(one, PreTrainedModel):
+            return one
+        return hf.load(one, packed=False, dtype=precision, device=where)
+
+    loaded = opened(model)
+    original = None if reference is None else opened(reference)
     return compare(loaded, original, tokens, progress, divergence)
 
 
@@ -271,7 +282,10 @@ def check_model(model: PreTrainedModel, seq_len: int) -> None:
         raise LowbitError(f"{_name(model)} is in training mode: call model.eval() first")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and seq_len > longest:
-        raise LowbitError(f"windows of {seq_len} tokens exceed the {longest} positions of {_name(model)}")
+        raise LowbitError(
+            f"windows of {seq_len} tokens exceed the {longest} positions of {_name(model)}: "
+            f"use --seq-len {longest}"
+        )
 
 
 def _name(model: PreTrainedModel | Logits) -> str:

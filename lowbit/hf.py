@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from lowbit import formats, origin, untrusted
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, int_quantized
+from lowbit.hardware import find_device
 from lowbit.places import check_source, no_revision, split_revision
 from lowbit.quantizer import LowbitConfig, find_format
 from lowbit.quiet import quiet
@@ -53,10 +54,10 @@ def load(
             activations are rounded too, which no dense model does.
         dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
             checkpoint's.
-        device: Where to put it.
+        device: Where to put it; `auto` is a GPU where there is one.
 
     Raises:
-        LowbitError: there is no model, or its tensors don't fit its configuration.
+        LowbitError: there is no model, its tensors don't fit its configuration, or the device can't be used.
 
     >>> model = load(checkpoint)
     >>> model.generate(prompt, max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
@@ -65,6 +66,7 @@ def load(
     config = _config(folder)
     quantization = _quantization(config)
     fmt = _format(quantization)
+    device = find_device(device) if isinstance(device, str) else device
     if fmt is None:
         return load_stock(folder, dtype, device)
     if packed or int_quantized.LAYOUT in str(quantization.get("format")):
@@ -75,9 +77,9 @@ def load(
 
 
 def _load_packed(
-    folder: str | Path, config: Any, dtype: torch.dtype | str, device: str | torch.device
+    folder: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
-    places = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+    places = {} if device.type == "cpu" else {"device_map": {"": device}}
     name, at = _named(folder)
     try:
         with quiet():
@@ -180,6 +182,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _refusal(folder: str | Path, what: str, error: Exception) -> LowbitError:
     """What to raise where a library can't read a model: the first line of its error, or its name."""
+    if isinstance(error, torch.OutOfMemoryError):  # no fault of the model's
+        raise error
     if isinstance(error.__cause__, RevisionNotFoundError):
         return no_revision(str(folder))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -148,7 +148,7 @@ def quantize(
         elif ranks.is_first():
             require_room(opened, plan, within, target.parent)
         budget = keep_to(max_memory, opened, plan, method, seq_len, dial, work.facts.get("budget"))
-        batches, rows = _data(work, opened, report, told, dial, data, budget.tokens)
+        batches, rows = _data(work, opened, report, told, dial, data, budget.tokens, where)
         planning.spend_once(within, work, opened, plan, report, batches, data, where, told)
         road = Road(opened, plan, fmt, report, where, told, work, budget)
         road.write(shard_bytes, batches)
@@ -214,15 +214,29 @@ def _inputs(
 
 
 def _data(
-    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, data: Data, at_once: int | None
+    work: Work,
+    opened: Source,
+    report: Report,
+    told: Progress,
+    dial: Effort,
+    data: Data,
+    at_once: int | None,
+    device: torch.device,
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found; by the first rank, for all."""
     _check_trainable(opened, dial)
-    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, data, at_once))
+    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, data, at_once, device))
 
 
 def _first_data(
-    work: Work, opened: Source, report: Report, told: Progress, dial: Effort, data: Data, at_once: int | None
+    work: Work,
+    opened: Source,
+    report: Report,
+    told: Progress,
+    dial: Effort,
+    data: Data,
+    at_once: int | None,
+    device: torch.device,
 ) -> tuple[list[Tensor], Tensor | None]:
     kept = work.load("data")
     if kept:
@@ -230,7 +244,7 @@ def _first_data(
         return [kept[name] for name in sorted(kept)], rows
     started = time.monotonic()
     extra = dial.training * data.samples
-    batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once)
+    batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once, device)
     report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
     report.end_stage("calibration data", time.monotonic() - started)
     found = {f"{number:06}": batch for number, batch in enumerate(batches)}

@@ -146,7 +146,9 @@ def _spend(
     progress: Progress,
 ) -> None:
     started = time.monotonic()
-    rows = sample(batches[:-1]) if len(batches) > 1 else read_rows(source, data, progress, report.notes)
+    rows = (
+        sample(batches[:-1]) if len(batches) > 1 else read_rows(source, data, progress, report.notes, device)
+    )
     room = find_room(source, plan, target)
     choice = spend(source, plan, room, rows, report.method, device, progress)
     report.plan, report.notes = choice.to_dict(), report.notes + choice.notes
@@ -197,7 +199,7 @@ def preview(
         )  # fmt: skip
         room = find_room(source, plan, target)
         notes: list[str] = []
-        rows = read_rows(source, data, told, notes)
+        rows = read_rows(source, data, told, notes, where)
         choice = spend(source, plan, room, rows, method or EFFORTS[DEFAULT].method, where, told)
         choice.notes += notes
         shapes = {n: s for group in choice.groups for n, s in zip(group.names, group.shapes, strict=True)}
@@ -205,11 +207,13 @@ def preview(
     return choice
 
 
-def read_rows(source: Source, data: Data, progress: Progress, notes: list[str]) -> Tensor:
+def read_rows(
+    source: Source, data: Data, progress: Progress, notes: list[str], device: torch.device
+) -> Tensor:
     """Rows for `spend` where nothing is calibrated; adds to `notes` what the user should know of them."""
     found = Report(source.folder, "", "gptq", "", "")  # of which only the notes matter
     data = data._replace(samples=SAMPLES, seq_len=LENGTH)
-    batches, _ = find_batches(source, found, "gptq", data, progress)
+    batches, _ = find_batches(source, found, "gptq", data, progress, device=device)
     notes += found.notes
     if len(batches) < 2:
         raise LowbitError(f"--dataset {data.dataset} is too short to price anything: give more text")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from lowbit.tasks import TaskResult
 
 WORST = 5
 SECONDS_BETWEEN_LINES = 10.0
+NUMBER = re.compile(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)")  # of a block or an expert: `layers.3.mlp`
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
         "written to": f"{report.output} ({report.format})",
     }
     _facts(console, facts)
-    for name, reason in _collapsed(report.skipped).items():
+    for name, reason in _collapsed(report.skipped.items()):
         _line(console, "[dim]full precision[/]", f"{name}: {reason}")
     for note in _collapsed_notes(report.notes):
         _line(console, "[yellow]note[/]", note)
@@ -173,7 +174,7 @@ def show_conversion(console: Console, result: Conversion) -> None:
             "written to": str(result.output),
         },
     )
-    for name, reason in _collapsed(result.requantized).items():
+    for name, reason in _collapsed(result.requantized.items()):
         _line(console, "[red]rounded again[/]", f"{name}: {reason}")
     for note in result.notes:
         _line(console, "[yellow]note[/]", note)
@@ -318,25 +319,27 @@ def _facts(console: Console, facts: dict[str, str]) -> None:
     console.print(table, highlight=False)
 
 
-def _without_numbers(text: str) -> str:
-    """`model.layers.3.mlp` becomes `model.layers.*.mlp`, anywhere in a text."""
-    return re.sub(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)", "*", text)
-
-
 def _collapsed_notes(notes: list[str]) -> list[str]:
     """Notes that differ only in numbers of blocks, once each."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for note in notes:
-        alike[_without_numbers(note)].append(note)
-    return [found[0] if len(found) == 1 else f"{name} (x{len(found)})" for name, found in alike.items()]
+    return [note for note, _ in _collapsed((note, "") for note in notes)]
 
 
-def _collapsed(skipped: dict[str, str]) -> dict[str, str]:
-    """One line for what differs only in its number: `model.layers.*.mlp.gate (x24)`."""
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for name, reason in skipped.items():
-        counts[_without_numbers(name), _without_numbers(reason)] += 1
-    return {name if n == 1 else f"{name} (x{n})": reason for (name, reason), n in counts.items()}
+def _collapsed(lines: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Names and reasons; one line for what differs only in numbers: `model.layers.*.mlp.gate (x24)`."""
+    alike: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+    for line in lines:
+        alike[tuple(NUMBER.sub("*", text) for text in line)].append(line)
+    names = [_joined([name for name, _ in found]) for found in alike.values()]
+    counts = [f" (x{len(found)})" if len(found) > 1 else "" for found in alike.values()]
+    reasons = [_joined([reason for _, reason in found]) for found in alike.values()]
+    return [(name + count, reason) for name, count, reason in zip(names, counts, reasons, strict=True)]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Texts that differ only in numbers as one, with `*` for a number that is not the same in all."""
+    numbers = zip(*map(NUMBER.findall, texts), strict=True)
+    shown = iter([found[0] if len(set(found)) == 1 else "*" for found in numbers])
+    return NUMBER.sub(lambda _: next(shown), texts[0])
 
 
 def _size(count: int) -> str:

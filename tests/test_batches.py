@@ -215,3 +215,28 @@ def test_of_a_hub_only_the_beginning_is_fetched(
     monkeypatch.setattr(datasets, "load_dataset", rows)
     assert len(draw_rows("org/name", make_tokenizer(), 10, 16, seed=0)) == 10
     assert sum(map(len, map(str, seen))) == sum(len(f"row {n} ") for n in fetched) < 4010
+
+
+# --- where there is no text
+
+
+@pytest.mark.parametrize("spec", [None, "self"])
+def test_the_model_writes_on_the_device_of_the_run_and_the_reason_is_told_first(
+    source: Source, monkeypatch: pytest.MonkeyPatch, spec: str | None
+) -> None:
+    happened: list[object] = []
+
+    def load(folder: Path, dtype: torch.dtype, device: object) -> object:
+        happened.append(device)
+        return hf_load_stock(folder, dtype)
+
+    hf_load_stock = hf.load_stock
+    monkeypatch.setattr(hf, "load_stock", load)
+    report = Report(source.folder, "", "gptq", "", "")
+    data, device = Data(spec, 4, LENGTH, 0), torch.device("cuda:1")
+    find_batches(source, report, "gptq", data, lambda *told: happened.append(told), device=device)
+    reason = "NeelNanda/pile-10k could not be reached: the model writes the text itself"
+    detail = "writing text" if spec else reason
+    total = 4 * LENGTH
+    assert happened[:2] == [("sample", 0, total, detail), device]
+    assert happened[-1] == ("sample", total, total, detail)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lowbit import evaluate
+from lowbit import evaluate, hf
 from lowbit.dataset import evaluation_windows
 from lowbit.errors import LowbitError
 from lowbit.evaluate import compare, perplexity
@@ -241,3 +241,46 @@ def test_script(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     refused = run("--seq-len", "4096")
     assert refused.returncode == 2
     assert refused.stderr.strip().startswith("lowbit: the text has")
+
+
+@pytest.mark.parametrize("named", ["model", "reference", "both"])
+def test_what_is_named_is_put_where_it_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    asked: list[tuple[object, object]] = []
+    original = hf.load
+
+    def spy(name: Path, *, packed: bool, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        asked.append((dtype, device))
+        return original(name, packed=packed, dtype=dtype)
+
+    monkeypatch.setattr(evaluate.hf, "load", spy)
+    given, tokenizer = load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = given if named == "reference" else folder
+    reference = given if named == "model" else folder
+    found = perplexity(model, str(text), tokenizer, reference=reference, seq_len=32, windows=1,
+                       device=torch.device("cuda:1"), dtype="float16")  # fmt: skip
+    assert asked == [(torch.float16, torch.device("cuda:1"))] * (1 + (named == "both"))
+    assert found.kl is not None
+    asked.clear()
+    monkeypatch.setattr(
+        evaluate, "find_device", lambda name: torch.device("cuda:0" if name == "auto" else name)
+    )
+    monkeypatch.setattr(evaluate, "evaluation_dtype", lambda name, device: (name, device))
+    monkeypatch.setattr(
+        evaluate.hf, "load", lambda *_, dtype, device, packed: asked.append((dtype, device)) or given
+    )
+    perplexity(model, str(text), tokenizer, reference=reference, seq_len=32, windows=1)
+    if named == "both":  # a GPU where there is one
+        assert asked == [(("auto", torch.device("cuda:0")), torch.device("cuda:0"))] * 2
+    else:  # like what was given
+        assert asked == [(torch.float32, torch.device("cpu"))]
+
+
+def test_a_precision_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(LowbitError, match="--dtype int4 is not supported"):
+        perplexity(folder, str(text), seq_len=32, windows=1, dtype="int4")

@@ -197,3 +197,30 @@ def test_numbers_of_a_hub_id_are_looked_at_too(
     (hub.folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**25}))
     with pytest.raises(LowbitError, match="num_hidden_layers=33554432 does not fit the files"):
         hf.load(MODEL, packed=False)
+
+
+class TestDevices:
+    """The meta device stands for a GPU: a model that lies there was put there."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+        device = torch.device("meta")
+        monkeypatch.setattr(hf, "find_device", lambda name: device if name == "auto" else torch.device(name))
+        return device
+
+    def test_the_public_load_takes_a_gpu_where_there_is_one(
+        self, tiny_model: Folders, gpu: torch.device
+    ) -> None:
+        assert lowbit.load(tiny_model("llama")).device == gpu
+        assert lowbit.load(tiny_model("llama"), device="cpu").device.type == "cpu"
+        assert hf.load(tiny_model("llama"), device="auto").device == gpu
+        assert hf.load(tiny_model("llama")).device.type == "cpu"
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_auto_works_for_every_kind(self, checkpoints: dict[str, Path], packed: bool) -> None:
+        model = hf.load(checkpoints["gptq"], packed=packed, device="auto")
+        assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def test_a_device_that_is_none_is_refused(self, tiny_model: Folders) -> None:
+        with pytest.raises(LowbitError, match="--device nonsense can't be used here"):
+            lowbit.load(tiny_model("llama"), device="nonsense")
