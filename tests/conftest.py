@@ -17,6 +17,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_VERBOSITY="error",
 )
+if "LOWBIT_TEST_GPU" not in os.environ:  # `--device auto` would take a GPU, whose sums are others
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
