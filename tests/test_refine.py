@@ -45,7 +45,7 @@ def test_only_scales_and_norms_change(
     original = tiny_model("llama")
     folder = checkpoint("llama", QuantScheme(4, 32, format != "awq"), format=format)
     done = refine(
-        folder, original, tmp_path / "refined", rows(), epochs=12, tokens_per_step=512, dtype=torch.float32
+        folder, original, tmp_path / "refined", rows(), epochs=6, tokens_per_step=512, dtype=torch.float32
     )
     assert done.kept
     assert done.after < done.before
