@@ -139,7 +139,9 @@ def _skip_routers(plan: Plan, everything: Sequence[Matrix], model: PreTrainedMod
     experts = {getattr(config, name, None) for name in EXPERT_COUNTS} - {None}
     for matrix in everything:
         outputs = matrix.shape[0]
-        if matrix.kind == "Linear" and (outputs < FEWEST_OUTPUTS or outputs in experts):
+        # Qwen3-Next has 512 experts, and keys and values of 512 channels.
+        one_for_each = outputs in experts and not matrix.module_name.endswith("_proj")
+        if matrix.kind == "Linear" and (outputs < FEWEST_OUTPUTS or one_for_each):
             plan.skipped.setdefault(matrix.module_name, f"a router or gate ({outputs} outputs)")
 
 

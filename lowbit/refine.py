@@ -107,10 +107,11 @@ def refine(
         ),
         resume_from=resume_from, keep=keep,
     )  # fmt: skip
+    prefix = f"{model.base_model_prefix}."
     del model
     kept = done.after < done.before
     if kept:
-        _write(folder, output, fmt, done, max_shard_size)
+        _write(folder, output, fmt, done, prefix, max_shard_size)
     changed = {name: fingerprint(weight.dequantize()) for name, weight in done.weights.items()}
     return Refined(done.before, done.after, done.held_out, done.steps, dtype, kept, changed if kept else {})
 
@@ -139,15 +140,22 @@ def _weights(folder: Path, fmt: Format, quantization: Mapping[str, Any]) -> dict
     return found
 
 
-def _write(folder: Path, output: Path, fmt: Format, done: Distilled, max_shard_size: int) -> None:
-    writer = CheckpointWriter(output, max_shard_size)
+def _write(
+    folder: Path, output: Path, fmt: Format, done: Distilled, prefix: str, max_shard_size: int
+) -> None:
+    """Files of a base model leave out `prefix`, which a causal model's parameters begin with."""
+    writer, norms = CheckpointWriter(output, max_shard_size), dict(done.norms)
     for name, tensors in hf.layers(folder, fmt):
         if isinstance(tensors, Tensor):
-            writer.add(name, done.norms[name].to(tensors.dtype) if name in done.norms else tensors)
+            norm = norms.pop(name, None)
+            norm = norms.pop(prefix + name, None) if norm is None else norm
+            writer.add(name, tensors if norm is None else norm.to(tensors.dtype))
             continue
         packed = fmt.pack(done.weights[name]) if name in done.weights else {}
         for suffix, tensor in tensors.items():
             writer.add(f"{name}.{suffix}", packed.get(suffix, tensor))
+    if norms:
+        raise LowbitError(f"{folder} has no tensor for {next(iter(norms))}, which was trained")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     skip = {"config.json", "model.safetensors.index.json"}
     others = [f for f in sorted(folder.iterdir()) if f.suffix != ".safetensors" and f.name not in skip]

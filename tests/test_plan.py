@@ -152,6 +152,13 @@ def test_the_head_gets_a_scheme_of_its_own(skeleton: Callable[..., PreTrainedMod
     assert "lm_head" not in plan.skipped
 
 
+def test_what_is_as_wide_as_there_are_experts_is_no_router(skeleton: Callable[..., PreTrainedModel]) -> None:
+    """Keys and values here, as in Qwen3-Next, whose queries would be quantized alone."""
+    plan = make_plan(skeleton("qwen3_moe", num_experts=32), W4, GPTQ)
+    assert plan.blocks[0].self_attn.k_proj.out_features == 32
+    assert not [name for name in plan.skipped if name.endswith("_proj")]
+
+
 def test_a_router_that_is_a_linear_layer_stays(skeleton: Callable[..., PreTrainedModel]) -> None:
     """DeepSeek and others keep it as `nn.Linear`; here with 48 experts, and a gate with one output."""
     model = skeleton("mixtral", num_local_experts=48)

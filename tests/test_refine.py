@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit import QuantScheme, hf, quantize
@@ -62,6 +64,23 @@ def test_only_scales_and_norms_change(
     for name, digest in done.fingerprints.items():
         assert fingerprint(model.get_submodule(name).weight) == digest
     assert (tmp_path / "refined" / "tokenizer.json").is_file()
+
+
+def test_norms_are_written_where_files_leave_out_a_prefix(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As `AutoModel.save_pretrained` does; what is read back is then what was trained."""
+    original = Path(shutil.copytree(tiny_model("llama", tied=True), tmp_path / "base"))
+    state = {key.removeprefix("model."): value for key, value in tensors(original).items()}
+    save_file(state, original / "model.safetensors", {"format": "pt"})
+    folder, found = tmp_path / "rounded", tmp_path / "refined"
+    quantize(original, QuantScheme(2, 32), output=folder, method="rtn")
+    done = refine(folder, original, found, rows(), epochs=3, tokens_per_step=512, dtype=torch.float32)
+    assert done.kept
+    before, after = tensors(folder), tensors(found)
+    norms = [name for name in before if "norm" in name]
+    assert len(norms) == 7
+    assert not any(torch.equal(before[name], after[name]) for name in norms)
 
 
 @pytest.mark.parametrize(("family", "told"), [("llama", "trained for"), ("gpt2", "were not trained: GPT2LM")])
