@@ -125,7 +125,9 @@ def find_batches(
         return batches, None
     training = tokens[len(rounding) :]
     if len(training) < training_samples // 4:
-        report.notes.append(f"{spec} has no more rows: scales are trained and judged on rows that it was calibrated on")
+        report.notes.append(
+            f"{spec} has no more rows: scales are trained and judged on rows that it was calibrated on"
+        )
         training = tokens
     return batches, training
 
