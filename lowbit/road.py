@@ -203,6 +203,8 @@ class Road:
         original = module.weight.detach().float()
         lost = (dense.float() - original).square().sum() / original.square().sum()
         self.report.layers.append(Layer(head, weight.shape, str(scheme), float(lost), note))
+        if self.report.method != "rtn":
+            self.report.notes.append(f"{head} is rounded to nearest, whatever the method")
         # A new parameter, so that a tied embedding stays as it is.
         module.weight = nn.Parameter(dense.to(module.weight.dtype), requires_grad=False)
         self.fingerprints[head] = fingerprint(dense)

@@ -157,6 +157,14 @@ def test_a_quantized_head_is_untied(
     assert not torch.equal(ours.get_input_embeddings().weight, ours.lm_head.weight)
 
 
+@pytest.mark.parametrize(("method", "told"), [("rtn", 0), ("gptq", 1)])
+def test_the_summary_says_how_a_head_is_rounded(
+    quantize: Callable[..., Report], tiny_model: Folders, method: str, told: int
+) -> None:
+    report = quantize(tiny_model("llama"), head_bits=4, method=method)
+    assert report.notes.count("lm_head is rounded to nearest, whatever the method") == told
+
+
 def test_a_quantized_head_is_verified(
     quantize: Callable[..., Report], tiny_model: Folders, recwarn: pytest.WarningsRecorder
 ) -> None:
