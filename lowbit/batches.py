@@ -7,11 +7,11 @@ and tokenized. Of a hub's dataset only the beginning is fetched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from operator import itemgetter
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,15 +44,8 @@ PROBE = (
 )
 
 
-class _Data(NamedTuple):
-    dataset: str | None
-    samples: int
-    seq_len: int
-    seed: int
-    mix: bool = True
-
-
-class Data(_Data):
+@dataclass(frozen=True)
+class Data:
     """What to calibrate on.
 
     Attributes:
@@ -66,13 +59,15 @@ class Data(_Data):
         LowbitError: no generator takes that seed.
     """
 
-    __slots__ = ()
+    dataset: str | None
+    samples: int
+    seq_len: int
+    seed: int
+    mix: bool = True
 
-    def __new__(cls, dataset: str | None, samples: int, seq_len: int, seed: int, mix: bool = True) -> Data:
-        """As the attributes."""
-        if not 0 <= seed < 2**63:
-            raise LowbitError(f"--seed {seed} can't be used: give one from 0 to {2**63 - 1}")
-        return super().__new__(cls, dataset, samples, seq_len, seed, mix)
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise LowbitError(f"--seed {self.seed} can't be used: give one from 0 to {2**63 - 1}")
 
 
 def find_batches(
@@ -107,7 +102,7 @@ def find_batches(
         raise LowbitError(
             f"--seq-len {seq_len} is more than the model's {longest} positions: use at most that"
         )
-    asked = data._replace(samples=samples)
+    asked = replace(data, samples=samples)
     spec, tokens = _draw(source, report, tokenizer, asked, progress, at_once, device)
     name = "lowbit's passages" if spec == PASSAGES else spec
     if len(tokens) < samples:

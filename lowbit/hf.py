@@ -45,23 +45,10 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """Load a model folder or hub id, quantized or not, in evaluation mode.
-
-    Args:
-        folder: A checkpoint that lowbit or another tool wrote, or any causal language model. A hub id may
-            name a branch, tag or commit: `org/name@revision`.
-        packed: Keep quantized weights packed, in memory too; False gives a dense model, except where
-            activations are rounded too, which no dense model does.
-        dtype: Precision of the activations, and of weights that are not packed; "auto" takes the
-            checkpoint's.
-        device: Where to put it; `auto` is a GPU where there is one.
+    """`lowbit.load`, which says what is what, on the CPU unless a device is named.
 
     Raises:
-        LowbitError: there is no model, its tensors don't fit its configuration, or the device can't be used.
-
-    >>> model = load(checkpoint)
-    >>> model.generate(prompt, max_new_tokens=4).shape[-1] == prompt.shape[-1] + 4
-    True
+        LowbitError: as there.
     """
     config = _config(folder)
     quantization = _quantization(config)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def quantize(
                          auto_group=auto_group, schemes=schemes)  # fmt: skip
         report = Report(target, str(plan.scheme), method, format, "none", source_bytes=opened.bytes)
         work.check(ranks.alike("setting", _inputs(opened, plan, where, dial, schemes, skip, effort=effort,
-            **data._asdict(), method=method, format=format, head_bits=head_bits, within=within,
+            **asdict(data), method=method, format=format, head_bits=head_bits, within=within,
             max_shard_size=shard_bytes, max_memory=max_memory)))  # fmt: skip
         if work.is_placed(target):
             return Report.of_json(work.facts["report"])
@@ -225,33 +226,24 @@ def _data(
 ) -> tuple[list[Tensor], Tensor | None]:
     """`find_batches`, or what a run that was interrupted had found; by the first rank, for all."""
     _check_trainable(opened, dial)
-    return ranks.first_does(lambda: _first_data(work, opened, report, told, dial, data, at_once, device))
 
+    def find() -> tuple[list[Tensor], Tensor | None]:
+        kept = work.load("data")
+        if kept:
+            rows = kept.pop("rows", None)
+            return [kept[name] for name in sorted(kept)], rows
+        started = time.monotonic()
+        extra = dial.training * data.samples
+        batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once, device)
+        report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
+        report.end_stage("calibration data", time.monotonic() - started)
+        found = {f"{number:06}": batch for number, batch in enumerate(batches)}
+        long = report.calibration.startswith("self")  # the model wrote it itself
+        found |= {} if rows is None else {"rows": rows}
+        work.commit({"report": report.to_json()}, {"data": found}, worth=long)
+        return batches, rows
 
-def _first_data(
-    work: Work,
-    opened: Source,
-    report: Report,
-    told: Progress,
-    dial: Effort,
-    data: Data,
-    at_once: int | None,
-    device: torch.device,
-) -> tuple[list[Tensor], Tensor | None]:
-    kept = work.load("data")
-    if kept:
-        rows = kept.pop("rows", None)
-        return [kept[name] for name in sorted(kept)], rows
-    started = time.monotonic()
-    extra = dial.training * data.samples
-    batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once, device)
-    report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
-    report.end_stage("calibration data", time.monotonic() - started)
-    found = {f"{number:06}": batch for number, batch in enumerate(batches)}
-    long = report.calibration.startswith("self")  # the model wrote it itself
-    found |= {} if rows is None else {"rows": rows}
-    work.commit({"report": report.to_json()}, {"data": found}, worth=long)
-    return batches, rows
+    return ranks.first_does(find)
 
 
 def _choose(

@@ -212,7 +212,7 @@ def read_rows(
 ) -> Tensor:
     """Rows for `spend` where nothing is calibrated; adds to `notes` what the user should know of them."""
     found = Report(source.folder, "", "gptq", "", "")  # of which only the notes matter
-    data = data._replace(samples=SAMPLES, seq_len=LENGTH)
+    data = dataclasses.replace(data, samples=SAMPLES, seq_len=LENGTH)
     batches, _ = find_batches(source, found, "gptq", data, progress, device=device)
     notes += found.notes
     if len(batches) < 2:

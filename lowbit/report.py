@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ NAME = "report.html"
 LEVELS = 10  # steps of a colour ramp
 KL_LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats at which a token's colour changes
 LISTED = 12  # rows of a list that may be long
+NUMBER = re.compile(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)")  # of a block or an expert: `layers.3.mlp`
 
 
 def write(record: Mapping[str, Any], folder: Path) -> None:
@@ -195,13 +196,22 @@ def place(name: str) -> tuple[int | None, str]:
     return int(head[1]), re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name[head.end() :])
 
 
-def grouped(entries: Any) -> list[tuple[str, str]]:
-    """Lines that differ only in their numbers, once each and counted."""
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for name, reason in entries:
-        key = [re.sub(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)", "*", text) for text in (name, reason)]
-        counts[key[0], key[1]] += 1
-    return [(name if n == 1 else f"{name} (x{n})", reason) for (name, reason), n in counts.items()]
+def grouped(lines: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Names and reasons; one line for what differs only in numbers: `model.layers.*.mlp.gate (x24)`."""
+    alike: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+    for line in lines:
+        alike[tuple(NUMBER.sub("*", text) for text in line)].append(line)
+    names = [_joined([name for name, _ in found]) for found in alike.values()]
+    counts = [f" (x{len(found)})" if len(found) > 1 else "" for found in alike.values()]
+    reasons = [_joined([reason for _, reason in found]) for found in alike.values()]
+    return [(name + count, reason) for name, count, reason in zip(names, counts, reasons, strict=True)]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Texts that differ only in numbers as one, with `*` for a number that is not the same in all."""
+    numbers = zip(*map(NUMBER.findall, texts), strict=True)
+    shown = iter([found[0] if len(set(found)) == 1 else "*" for found in numbers])
+    return NUMBER.sub(lambda _: next(shown), texts[0])
 
 
 def _groups(columns: Sequence[str]) -> list[tuple[str, int]]:

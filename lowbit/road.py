@@ -267,11 +267,8 @@ class Road:
             report.notes.append(f"scales and norms were not trained: {error}")
         else:
             loss = "KL" if dial.loss == "original" else "cross-entropy"
-            how = (
-                alone
-                if done.dtype == self.source.dtype
-                else f"{alone}, in {str(done.dtype).removeprefix('torch.')}"
-            )
+            other = done.dtype != self.source.dtype
+            how = alone + (f", in {str(done.dtype).removeprefix('torch.')}" if other else "")
             told = f"{loss} on {done.held_out} rows not trained on {done.before:.4f} -> {done.after:.4f}"
             if done.kept:
                 result["result"] = refined.name

@@ -19,7 +19,6 @@ from lowbit.progress import Count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 GREEDY = 4  # tokens after a random first token that are not sampled
 BATCH = 32  # rows written at a time: bounds the key/value cache
 

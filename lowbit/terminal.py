@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from lowbit.evaluate import Result
 from lowbit.inspection import Inspection
 from lowbit.progress import Progress as ProgressCallback
 from lowbit.push import Upload
+from lowbit.report import grouped
 from lowbit.results import Conversion, Report
 from lowbit.speed import Speed
 from lowbit.target import Choice
@@ -34,7 +33,6 @@ from lowbit.tasks import TaskResult
 
 WORST = 5
 SECONDS_BETWEEN_LINES = 10.0
-NUMBER = re.compile(r"(?<=[a-z_]\.)\d+(?=\.[a-z]|$)")  # of a block or an expert: `layers.3.mlp`
 
 
 @contextmanager
@@ -101,7 +99,7 @@ def show_report(console: Console, report: Report, peak_memory: int) -> None:
         "written to": f"{report.output} ({report.format})",
     }
     _facts(console, facts)
-    for name, reason in _collapsed(report.skipped.items()):
+    for name, reason in grouped(report.skipped.items()):
         _line(console, "[dim]full precision[/]", f"{name}: {reason}")
     for note in _collapsed_notes(report.notes):
         _line(console, "[yellow]note[/]", note)
@@ -174,7 +172,7 @@ def show_conversion(console: Console, result: Conversion) -> None:
             "written to": str(result.output),
         },
     )
-    for name, reason in _collapsed(result.requantized.items()):
+    for name, reason in grouped(result.requantized.items()):
         _line(console, "[red]rounded again[/]", f"{name}: {reason}")
     for note in result.notes:
         _line(console, "[yellow]note[/]", note)
@@ -321,25 +319,7 @@ def _facts(console: Console, facts: dict[str, str]) -> None:
 
 def _collapsed_notes(notes: list[str]) -> list[str]:
     """Notes that differ only in numbers of blocks, once each."""
-    return [note for note, _ in _collapsed((note, "") for note in notes)]
-
-
-def _collapsed(lines: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Names and reasons; one line for what differs only in numbers: `model.layers.*.mlp.gate (x24)`."""
-    alike: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
-    for line in lines:
-        alike[tuple(NUMBER.sub("*", text) for text in line)].append(line)
-    names = [_joined([name for name, _ in found]) for found in alike.values()]
-    counts = [f" (x{len(found)})" if len(found) > 1 else "" for found in alike.values()]
-    reasons = [_joined([reason for _, reason in found]) for found in alike.values()]
-    return [(name + count, reason) for name, count, reason in zip(names, counts, reasons, strict=True)]
-
-
-def _joined(texts: Sequence[str]) -> str:
-    """Texts that differ only in numbers as one, with `*` for a number that is not the same in all."""
-    numbers = zip(*map(NUMBER.findall, texts), strict=True)
-    shown = iter([found[0] if len(set(found)) == 1 else "*" for found in numbers])
-    return NUMBER.sub(lambda _: next(shown), texts[0])
+    return [note for note, _ in grouped((note, "") for note in notes)]
 
 
 def _size(count: int) -> str:

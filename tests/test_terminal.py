@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowbit import QuantScheme, terminal
+from lowbit import QuantScheme, report, terminal
 from lowbit.formats import FORMATS
 from lowbit.plan import make_plan
 from lowbit.results import Report
@@ -23,9 +23,9 @@ def test_every_skipped_layer_is_shown(tiny_model: Callable[..., Path]) -> None:
     model = Source(tiny_model("llama"), torch.float32).model
     skip = ["*mlp*", "model.layers.0.*"]
     plan = make_plan(model, QuantScheme(4, 32), FORMATS["compressed-tensors"], skip=skip)
-    text, report = io.StringIO(), Report(Path("out"), "w4g32", "rtn", "compressed-tensors", "none")
-    report.skipped, report.seconds = plan.skipped, {"all": 1.0}
-    terminal.show_report(Console(file=text, width=200), report, 0)
+    text, done = io.StringIO(), Report(Path("out"), "w4g32", "rtn", "compressed-tensors", "none")
+    done.skipped, done.seconds = plan.skipped, {"all": 1.0}
+    terminal.show_report(Console(file=text, width=200), done, 0)
     lines = [
         line.split("full precision  ")[1] for line in text.getvalue().splitlines() if "full precision" in line
     ]
@@ -48,4 +48,4 @@ def test_a_number_that_is_the_same_in_all_is_written(
     blocks: list[int], experts: list[int], shown: str
 ) -> None:
     names = [f"model.layers.{block}.experts.{expert}.up" for block in blocks for expert in experts]
-    assert [": ".join(line) for line in terminal._collapsed((name, "--skip a") for name in names)] == [shown]
+    assert [": ".join(line) for line in report.grouped((name, "--skip a") for name in names)] == [shown]
