@@ -60,7 +60,7 @@ def test_without_a_step_the_file_is_the_same_to_the_byte(
     done = distill(
         model, _weights(folder, fmt, quantization), rows(), targets, learning_rate=0.0, latent_rate=0.0
     )
-    _write(folder, tmp_path / "same", fmt, done, 5 * 10**9)
+    _write(folder, tmp_path / "same", fmt, done, "model.", 5 * 10**9)
     (one,), (other,) = (list(each.glob("*.safetensors")) for each in (folder, tmp_path / "same"))
     assert one.read_bytes() == other.read_bytes()
 
