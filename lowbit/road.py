@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowbit import checkpoint, durable, hf, ranks, record
 from lowbit import source as sources
-from lowbit.algorithms import BY_COLUMN, CORRECTIONS, columns, rtn
+from lowbit.algorithms import BY_COLUMN, CORRECTIONS, columns
 from lowbit.blocks import BlockQuantizer, fingerprint
 from lowbit.budget import Budget
 from lowbit.carried import Carried
@@ -27,6 +27,7 @@ from lowbit.checkpoint import CheckpointWriter
 from lowbit.effort import QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
+from lowbit.head import round_head
 from lowbit.plan import Plan, head_name
 from lowbit.progress import Progress
 from lowbit.quantized import QuantizedWeight
@@ -109,7 +110,7 @@ class Road:
             self.fingerprints |= block.fingerprints
             self.report.end_stage("quantization", time.monotonic() - started)
             self._commit_block(number, writer, stream)
-        self._write_head(writer, head, head_keys)
+        self._write_head(writer, head, head_keys, stream)
         self.logits = stream.logits(len(batches) - 1)
         stream.hidden.clear()
         self._finish(writer, head)
@@ -185,7 +186,7 @@ class Road:
         for suffix, tensor in self.fmt.pack(weight).items():
             writer.add(f"{name}.{suffix}", tensor)
 
-    def _write_head(self, writer: CheckpointWriter, head: str, head_keys: list[str]) -> None:
+    def _write_head(self, writer: CheckpointWriter, head: str, head_keys: list[str], stream: Stream) -> None:
         """Load the head (tied or not); quantize it where asked, copy it where it is its own tensor."""
         source, scheme = self.source, self.plan.head
         source.load(head_keys, self.device)
@@ -193,18 +194,16 @@ class Road:
             for key in head_keys:
                 self._copy(writer, key)
             return
-        module = source.model.get_output_embeddings()
-        weight, note = rtn.quantize_weight(module.weight.data, None, scheme, self.fmt.SCALE_DTYPE)
+        own = [number for number in range(self._probe) if self._owners[number] == ranks.rank()]
+        weight, error, note = round_head(
+            stream, own, scheme, self.report.method, self.fmt.SCALE_DTYPE, self.progress, self.budget.rows
+        )
         self._pack(writer, head, weight)
         for key in head_keys:
             if not key.endswith(".weight"):
                 self._copy(writer, key)
-        dense = weight.dequantize(torch.bfloat16)
-        original = module.weight.detach().float()
-        lost = (dense.float() - original).square().sum() / original.square().sum()
-        self.report.layers.append(Layer(head, weight.shape, str(scheme), float(lost), note))
-        if self.report.method != "rtn":
-            self.report.notes.append(f"{head} is rounded to nearest, whatever the method")
+        self.report.layers.append(Layer(head, weight.shape, str(scheme), error, note))
+        module, dense = source.model.get_output_embeddings(), weight.dequantize(torch.bfloat16)
         # A new parameter, so that a tied embedding stays as it is.
         module.weight = nn.Parameter(dense.to(module.weight.dtype), requires_grad=False)
         self.fingerprints[head] = fingerprint(dense)

@@ -96,7 +96,7 @@ class Rounder:
             *(quantize(part, hessian, scheme, self.scale_dtype) for part in at_once), strict=True
         )
         weight = QuantizedWeight.stack_rows(done)
-        return Part(weight, *_row_errors(stacked, weight, hessian, self.rows), notes[0], corrected)
+        return Part(weight, *row_errors(stacked, weight, hessian, self.rows), notes[0], corrected)
 
     def _from(self, task: Task, number: int, team: Sequence[int], own: Part | None) -> Part:
         """A part, on whatever rank it was made."""
@@ -157,10 +157,17 @@ def each(teams: Sequence[Sequence[int]], make: Callable[[int, int], T]) -> Itera
         own[number] = {}
 
 
-def _row_errors(
+def row_errors(
     original: Tensor, weight: QuantizedWeight, hessian: Tensor | None, at_once: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The diagonals of `D H D^T` and `W H W^T`, D the error of the weight; H = I without data."""
+    """The diagonals of `D H D^T` and `W H W^T`, D the error of the weight W; H = I without data.
+
+    Args:
+        original: W, float32 `[rows, in]`.
+        weight: W rounded.
+        hessian: float32 `[in, in]`, or None.
+        at_once: Rows that are dequantized at a time; None: all.
+    """
     parts = original.split(at_once or len(original))
     blind = hessian is None or not is_finite(hessian) or not bool(hessian.any())
     lost: list[Tensor] = []

@@ -115,6 +115,27 @@ class Stream:
             logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
         return logits
 
+    def head_input(self, batch: int) -> Tensor:
+        """What the output head reads of one batch after the last block, `[rows, length, hidden]`.
+
+        Raises:
+            RuntimeError: the model did not call its head.
+        """
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise Stop
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            self.logits(batch)
+        except Stop:
+            return seen[0]
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self.model).__name__} did not call its output head")
+
     def _substitute(
         self,
         args: tuple[Any, ...],

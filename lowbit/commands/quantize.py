@@ -148,7 +148,7 @@ def run(
     head_bits: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="Quantize the output head too, to this many bits, to nearest (unties it).",
+            help="Quantize the output head too, to this many bits (unties it).",
             show_default=False,
         ),
     ] = None,
