@@ -90,6 +90,7 @@ def search_params(
     scale_dtype: torch.dtype,
     group_errors: Callable[[Tensor], Tensor],
     shrinks: tuple[float, ...] = SHRINKS,
+    beside: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros of the shrink that serves each group best; never worse than `find_params`.
 
@@ -100,12 +101,14 @@ def search_params(
         group_errors: What to make small: takes the rounding error of some rows, float32
             `[rows, groups, columns_per_group]`, and may overwrite it; returns `[rows, groups]`.
         shrinks: Factors on the min-max range, tried besides 1.
+        beside: Zeros of an asymmetric grid are tried up to so far from where a range has its own.
 
     Returns:
         As `find_params`, which also says what is raised.
     """
     rows = max(1, SEARCHED_AT_ONCE // weight.shape[1])
-    found = [_search_rows(part, scheme, scale_dtype, group_errors, shrinks) for part in weight.split(rows)]
+    found = [_search_rows(part, scheme, scale_dtype, group_errors, shrinks, beside)
+             for part in weight.split(rows)]  # fmt: skip
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 
@@ -115,17 +118,21 @@ def _search_rows(
     scale_dtype: torch.dtype,
     group_errors: Callable[[Tensor], Tensor],
     shrinks: tuple[float, ...],
+    beside: int,
 ) -> tuple[Tensor, Tensor]:
     groups = to_groups(weight.float(), scheme)
     scales, zeros = find_params(weight, scheme, scale_dtype)
     least = group_errors(_rounding_errors(groups, scales, zeros, scheme))
-    for shrink in shrinks:
-        trial_scales, trial_zeros = find_params(weight, scheme, scale_dtype, shrink)
-        errors = group_errors(_rounding_errors(groups, trial_scales, trial_zeros, scheme))
-        better = errors < least
-        least = torch.where(better, errors, least)
-        scales = torch.where(better, trial_scales, scales)
-        zeros = torch.where(better, trial_zeros, zeros)
+    steps = (0,) if scheme.symmetric else range(-beside, beside + 1)
+    for shrink in (1.0, *shrinks) if len(steps) > 1 else shrinks:
+        trial_scales, own_zeros = find_params(weight, scheme, scale_dtype, shrink)
+        for step in steps:
+            trial_zeros = (own_zeros + step).clamp(1, scheme.levels - 1)
+            errors = group_errors(_rounding_errors(groups, trial_scales, trial_zeros, scheme))
+            better = errors < least
+            least = torch.where(better, errors, least)
+            scales = torch.where(better, trial_scales, scales)
+            zeros = torch.where(better, trial_zeros, zeros)
     return scales, zeros
 
 

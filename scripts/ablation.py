@@ -38,7 +38,8 @@ def plain_gptq(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(NEEDS_HESSIAN=True, quantize_weight=partial(gptq.quantize_weight, **changes))
 
 
-WHOLE = {"trust": 1.0, "damp": 0.03}  # the calibration text believed as it is
+ONCE = {"again": False}  # ranges chosen for the weight, and not again for what is rounded
+WHOLE = {**ONCE, "trust": 1.0, "damp": 0.03}  # the calibration text believed as it is
 
 # `even`: all tokens of a row count alike. `mix`: a fifth of the rows comes from lowbit's passages.
 STEPS: dict[str, dict[str, Any]] = {
@@ -48,14 +49,16 @@ STEPS: dict[str, dict[str, Any]] = {
     },
     "+ large inputs first, groups static": {"without": {**WHOLE, "shrinks": (), "rounds": 0}, "even": True},
     "+ ranges chosen by the residual of LDLᵀ": {"without": {**WHOLE, "rounds": 0}, "even": True},
-    "+ less trust in the calibration text": {"without": {"rounds": 0}, "even": True},
-    "+ codes and scales gone over again": {"method": "gptq", "even": True},
+    "+ less trust in the calibration text": {"without": {**ONCE, "rounds": 0}, "even": True},
+    "+ codes and scales gone over again": {"without": ONCE, "even": True},
+    "+ ranges chosen again, for what is rounded": {"method": "gptq", "even": True},
     "+ tokens weighed by their place": {"method": "gptq"},
     "+ one row in five from the passages (`--method gptq`)": {"method": "gptq", "mix": True},
     "corrected for the layers before, gone over once": {
-        "method": "qronos", "without": {"rounds": 0}, "even": True,
+        "method": "qronos", "without": {**ONCE, "rounds": 0}, "even": True,
     },
-    "corrected for the layers before, gone over again": {"method": "qronos", "even": True},
+    "corrected for the layers before, gone over again": {"method": "qronos", "without": ONCE, "even": True},
+    "+ ranges chosen again, for what is rounded (corrected)": {"method": "qronos", "even": True},
     "corrected, + tokens weighed by their place": {"method": "qronos"},
     "+ one row in five from the passages (`balanced`)": {"effort": "balanced", "mix": True},
     "+ scales and norms trained (`high`)": {"effort": "high", "mix": True},

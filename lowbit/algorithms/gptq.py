@@ -25,11 +25,15 @@ scaled down, as Ledoit and Wolf (2004, J. Multivariate Analysis 88) shrink a cov
 samples, and a tenth of the mean is added to its diagonal. On the calibration's own kind of text that costs
 next to nothing.
 
+A range serves what will be rounded in it, which is not the weight: earlier columns have moved it. So ranges
+are chosen, coarsely, for the weight, and once more, with the zeros beside, for what a first pass made of it.
+
 What comes out is gone over again by coordinate descent (`descent.py`), which GPTQ's one pass leaves room for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +50,8 @@ NEEDS_HESSIAN = True
 DAMP = 0.1
 TRUST = 0.8
 """Of how two channels go together in the calibration text so much is believed of other text."""
+COARSE = 4
+"""One in so many ranges is tried where they will be chosen again."""
 LEAST_LEFT = 0.1
 """Residuals are corrected by no more than ten times, however few the tokens."""
 
@@ -60,6 +66,7 @@ def quantize_weight(
     trust: float = TRUST,
     act_order: bool = True,
     shrinks: tuple[float, ...] = grid.SHRINKS,
+    again: bool = True,
     rounds: int = 2,
     block_size: int = 128,
 ) -> tuple[QuantizedWeight, str]:
@@ -75,6 +82,7 @@ def quantize_weight(
         act_order: Round the columns with the largest inputs first. Scales come from the original
             weight, so that groups stay runs of neighbouring columns and nothing is paid at run time.
         shrinks: Factors on a group's range, tried besides 1 when its scale is searched.
+        again: Choose ranges a second time, for the weight as the first pass over the columns moved it.
         rounds: How often scales are fitted to the codes, and codes chosen again (`descent.py`); 0: never.
         block_size: Columns per matrix product; speed only.
 
@@ -98,10 +106,16 @@ def quantize_weight(
 
     residual = _in_place(factors)
     by_group = residual.unflatten(0, (-1, scheme.columns_per_group(len(order))))
-    scales, zeros = grid.search_params(
-        weight, scheme, scale_dtype, lambda errors: errors.square_().mul_(by_group).sum(-1), shrinks
-    )
-    codes = _round_columns(weight, factors, scales, zeros, scheme, block_size)
+
+    def cost(errors: Tensor) -> Tensor:
+        return errors.square_().mul_(by_group).sum(-1)
+
+    first = shrinks[::COARSE] if again else shrinks
+    scales, zeros = grid.search_params(weight, scheme, scale_dtype, cost, first)
+    codes, moved = _round_columns(weight, factors, scales, zeros, scheme, block_size)
+    if again:
+        scales, zeros = grid.search_params(moved(), scheme, scale_dtype, cost, shrinks, beside=1)
+        codes, _ = _round_columns(weight, factors, scales, zeros, scheme, block_size)
     rounded = QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme)
     ridge = factors.ridge
     del factors  # a matrix of the Hessian's size
@@ -191,8 +205,12 @@ def _factor(hessian: Tensor, order: Tensor, damp: float, trust: float) -> tuple[
 
 def _round_columns(
     weight: Tensor, factors: _Factors, scales: Tensor, zeros: Tensor, scheme: QuantScheme, block_size: int
-) -> Tensor:
-    """Codes, uint8 `[out, in]`, of `weight` on the grid `scales, zeros [out, groups]`."""
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Codes, uint8 `[out, in]`, of `weight` on the grid `scales, zeros [out, groups]`.
+
+    And, where it is asked for, what they are the nearest codes of, float32 `[out, in]`: the weight and what
+    it takes over from the columns before.
+    """
     feedback, order = factors.feedback, factors.order
     groups = order // scheme.columns_per_group(len(order))
     group_of, sweep = groups.tolist(), columns.sweep(weight.device, min(block_size, len(order)))
@@ -216,4 +234,9 @@ def _round_columns(
             rounded = grid.nearest_codes(wanted, scale, zero, scheme)
             codes[k] = rounded
             torch.sub(wanted_at_first[k], rounded.sub_(zero).mul_(scale), out=errors[k])
-    return codes[order.argsort()].T.contiguous()
+    back = order.argsort()
+
+    def moved() -> Tensor:
+        return (wanted_at_first + feedback.tril(-1) @ errors)[back].T.contiguous()
+
+    return codes[back].T.contiguous(), moved

@@ -1,4 +1,4 @@
-"""GPTQ for those in a hurry: few ranges are tried, no code is gone over again, and a block runs once.
+"""GPTQ for those in a hurry: few ranges are tried, none twice; no code is gone over again, a block runs once.
 
 On a few thousand tokens GPTQ's own pass over the columns is the least of it: what comes before it (two dozen
 ranges for every group), behind it (coordinate descent) and around it (the block run again with its rounded
@@ -15,5 +15,5 @@ from lowbit.algorithms import gptq
 NEEDS_HESSIAN = True
 SHRINKS = (0.95, 0.9, 0.8)
 
-quantize_weight = partial(gptq.quantize_weight, shrinks=SHRINKS, rounds=0)
+quantize_weight = partial(gptq.quantize_weight, shrinks=SHRINKS, again=False, rounds=0)
 """As `gptq.quantize_weight`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_white_inputs_leave_nothing_to_compensate(scheme: QuantScheme, act_order
     weight, identity = random_weight(9, 96), torch.eye(96)
     nearest, _ = rtn.quantize_weight(weight, None, scheme, torch.bfloat16)
     plain, _ = gptq.quantize_weight(
-        weight, identity, scheme, torch.bfloat16, act_order=act_order, shrinks=(), rounds=0
+        weight, identity, scheme, torch.bfloat16, act_order=act_order, shrinks=(), again=False, rounds=0
     )
     for name in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(plain, name), getattr(nearest, name))
@@ -73,7 +74,9 @@ def test_white_inputs_leave_nothing_to_compensate(scheme: QuantScheme, act_order
     searched, _ = gptq.quantize_weight(
         weight, identity, scheme, torch.bfloat16, act_order=act_order, rounds=0
     )
-    scales, zeros = grid.search_params(weight, scheme, torch.bfloat16, lambda errors: errors.square().sum(-1))
+    scales, zeros = grid.search_params(
+        weight, scheme, torch.bfloat16, lambda errors: errors.square().sum(-1), beside=1
+    )
     assert torch.equal(searched.scales.float(), scales)
     assert torch.equal(searched.codes, grid.quantize(weight, scales, zeros, scheme))
 
@@ -133,6 +136,34 @@ def test_search_and_order_pay() -> None:
             for options in ({"act_order": False, "shrinks": ()}, {"shrinks": ()}, {})
         ]
         assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_ranges_are_chosen_again_for_what_is_rounded(scheme: QuantScheme) -> None:
+    """The codes are the nearest ones of what the search was given; and it pays, with zeros above all."""
+    weight, hessian = random_weight(64, 192), second_moment(correlated_inputs(192))
+    given: list[Tensor] = []
+    search = grid.search_params
+
+    def watched(weight: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        given.append(weight)
+        return search(weight, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "search_params", watched)
+        patch.setattr(gptq, "COARSE", 1)
+        once, twice = (
+            gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16, again=again, rounds=0)[
+                0
+            ]
+            for again in (False, True)
+        )
+    assert given[1] is given[0] is weight
+    again = grid.quantize(given[2], once.scales, once.zeros, scheme)
+    assert (again == once.codes).double().mean() > 0.999
+    first, second = (output_error(q.dequantize(), weight, hessian) for q in (once, twice))
+    grouped = scheme.group_size > 0 and not scheme.symmetric and scheme.bits < 8
+    assert second < (0.99 if grouped else 1.03) * first
 
 
 def test_dead_column_is_rounded_as_it_stands() -> None:
