@@ -33,7 +33,6 @@ What comes out is gone over again by coordinate descent (`descent.py`), which GP
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +111,14 @@ def quantize_weight(
 
     first = shrinks[::COARSE] if again else shrinks
     scales, zeros = grid.search_params(weight, scheme, scale_dtype, cost, first)
-    codes, moved = _round_columns(weight, factors, scales, zeros, scheme, block_size)
+    codes, errors = _round_columns(weight, factors, scales, zeros, scheme, block_size)
     if again:
-        scales, zeros = grid.search_params(moved(), scheme, scale_dtype, cost, shrinks, beside=1)
-        codes, _ = _round_columns(weight, factors, scales, zeros, scheme, block_size)
+        moved = _taken_over(weight, factors, errors)
+        del codes, errors  # matrices of the weight's size
+        scales, zeros = grid.search_params(moved, scheme, scale_dtype, cost, shrinks, beside=1)
+        del moved
+        codes, errors = _round_columns(weight, factors, scales, zeros, scheme, block_size)
+    del errors
     rounded = QuantizedWeight(codes, scales.to(scale_dtype), zeros.to(torch.uint8), scheme)
     ridge = factors.ridge
     del factors  # a matrix of the Hessian's size
@@ -205,11 +208,10 @@ def _factor(hessian: Tensor, order: Tensor, damp: float, trust: float) -> tuple[
 
 def _round_columns(
     weight: Tensor, factors: _Factors, scales: Tensor, zeros: Tensor, scheme: QuantScheme, block_size: int
-) -> tuple[Tensor, Callable[[], Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Codes, uint8 `[out, in]`, of `weight` on the grid `scales, zeros [out, groups]`.
 
-    And, where it is asked for, what they are the nearest codes of, float32 `[out, in]`: the weight and what
-    it takes over from the columns before.
+    And what they leave of it, float32 `[in, out]`, columns in the order of rounding.
     """
     feedback, order = factors.feedback, factors.order
     groups = order // scheme.columns_per_group(len(order))
@@ -234,9 +236,11 @@ def _round_columns(
             rounded = grid.nearest_codes(wanted, scale, zero, scheme)
             codes[k] = rounded
             torch.sub(wanted_at_first[k], rounded.sub_(zero).mul_(scale), out=errors[k])
-    back = order.argsort()
+    return codes[order.argsort()].T.contiguous(), errors
 
-    def moved() -> Tensor:
-        return (wanted_at_first + feedback.tril(-1) @ errors)[back].T.contiguous()
 
-    return codes[back].T.contiguous(), moved
+def _taken_over(weight: Tensor, factors: _Factors, errors: Tensor) -> Tensor:
+    """What was rounded, float32 `[out, in]`: the weight and what columns took over from those before."""
+    moved = torch.addmm(errors, factors.feedback, errors, beta=-1)  # a column takes over nothing of its own
+    moved += weight.T.float()[factors.order]
+    return moved[factors.order.argsort()].T.contiguous()
