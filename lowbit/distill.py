@@ -37,8 +37,10 @@ from lowbit.training import Norms, Training
 TOKENS_PER_STEP = 2048
 HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the end
 WARM_UP = 0.05
-LEARNING_RATE = 1e-3  # of factors that start at 1
-LATENT_RATE = 0.04  # of latents, in units of the grid's step
+LEARNING_RATE = 2e-3
+"""Of gains, where the loss is a nat, as that of a model of 2 bits is."""
+LATENT_RATE = 0.06
+"""The same of latents, in units of the grid's step."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def distill(
         targets: The original's `judge.head_inputs` of each row, `[length, hidden]`; or, to learn the
             data itself, its `judge.next_tokens`, int64 `[length]`.
         epochs: How often the rows are seen.
-        learning_rate: Of the gains, which start at 1.
+        learning_rate: Of the gains, which start near 1, where the loss is a nat; see `_pace`.
         latent_rate: The same for the codes, in units of the grid's step; None: they are not trained.
         tokens_per_step: Tokens between two steps of the optimizer.
         seed: Seed of the order of rows.
@@ -112,11 +114,12 @@ def distill(
         done, before = training.restore(resume_from)
     else:
         done, before = 0, judge.mean(model, batches, targets, held_out)
+    fast = _pace(before) if targets[0].is_floating_point() else 0.5  # a text's loss says nothing of errors
     at_once = max(1, tokens_per_step // batches.shape[1])
     order = _order(rows, epochs, seed).split(at_once)
     with _checkpointed(model):
         for step, chosen in enumerate(order[done:], start=done):
-            pace = _schedule(step, len(order))
+            pace = fast * _schedule(step, len(order))
             for layer in layers.values():
                 if isinstance(layer, LatentLinear):
                     layer.pace(step + 1, (latent_rate or 0.0) * pace)
@@ -136,6 +139,11 @@ def _order(rows: int, epochs: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     permutations = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(epochs))]
     return torch.cat(permutations)[: max(1, round(rows * epochs))]
+
+
+def _pace(loss: float) -> float:
+    """The divergence grows with the square of what a model is off by, so there is its root to go."""
+    return math.sqrt(min(loss, 4.0))
 
 
 def _schedule(step: int, steps: int) -> float:

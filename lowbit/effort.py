@@ -17,8 +17,9 @@ class Effort(NamedTuple):
         method: Key of `algorithms.ALGORITHMS`.
         samples: Calibration rows, where nobody asks for another number.
         dataset: Calibration text, where nobody names another; None: a public data set.
+        rounding: Calibration data, in multiples of them.
         epochs: How often the training data is seen.
-        training: Training data, in multiples of the calibration data; 0: none, and no training.
+        training: Training data, in multiples of `samples`; 0: none, and no training.
         weights: Train the weights as well as scales and norms.
         loss: What is made small: the divergence from the `original`, or the surprise at the `data`.
     """
@@ -26,6 +27,7 @@ class Effort(NamedTuple):
     method: str
     samples: int = 128
     dataset: str | None = None
+    rounding: int = 1
     epochs: int = 0
     training: int = 0
     weights: bool = False
@@ -41,5 +43,5 @@ EFFORTS: dict[str, Effort] = {
     "fast": Effort("quick", samples=6, dataset=PASSAGES),
     "balanced": Effort("qronos"),
     "high": Effort("qronos", epochs=1, training=1),
-    "max": Effort("qronos", epochs=2, training=3),
+    "max": Effort("qronos", rounding=2, epochs=2, training=2),
 }

@@ -31,6 +31,8 @@ from lowbit.quantized import QuantizedWeight
 from lowbit.trainable import TrainableLinear
 
 BETAS = (0.9, 0.95)
+CLIP = 10.0
+"""No latent moves further than so many usual ones: a huge input makes all gradients of its column huge."""
 EPSILON = 1e-12  # only against 0 / 0: in units of the step gradients are small
 
 
@@ -71,5 +73,6 @@ class LatentLinear(TrainableLinear):
         self.means[rows], self.squares[rows] = mean, square
         usual = (square / (1 - BETAS[1] ** self._step)).sqrt() + EPSILON
         mean *= self._rate / (1 - BETAS[0] ** self._step) / usual
+        mean.clamp_(-CLIP * self._rate, CLIP * self._rate)
         moved = (self.latents[rows] - mean).clamp_(0, self.scheme.levels - 1)
         self.latents[rows], self.codes[rows] = moved, moved.round().to(torch.uint8)

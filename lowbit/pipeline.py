@@ -128,7 +128,7 @@ def quantize(
     ('w4g32', 'stock transformers')
     """
     dial, method = _choose(effort, method, format, scheme, epochs, loss, dataset, samples)
-    data = Data(dial.dataset, dial.samples, seq_len, seed, mix)
+    data = Data(dial.dataset, dial.samples * dial.rounding, seq_len, seed, mix)
     hub_source.check(keep_source, model, dial, within)
     scheme, auto_group = planning.first_scheme(within, format, scheme, schemes, auto_group, max_memory)
     fmt, target, told = FORMATS[format], Path(output).expanduser().resolve(), progress or silent
@@ -233,7 +233,7 @@ def _data(
             rows = kept.pop("rows", None)
             return [kept[name] for name in sorted(kept)], rows
         started = time.monotonic()
-        extra = dial.training * data.samples
+        extra = dial.training * dial.samples
         batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once, device)
         report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
         report.end_stage("calibration data", time.monotonic() - started)

@@ -16,19 +16,24 @@ from transformers import PreTrainedModel
 
 from lowbit import topology
 from lowbit.latent import LatentLinear
-from lowbit.trainable import TrainableLinear
+from lowbit.trainable import TrainableLinear, within_steps
 
 KEEP_SECONDS = 60.0  # between two states to go on from
 _ADAM = ("step", "exp_avg", "exp_avg_sq")  # what torch's Adam remembers of a parameter
 
 
 class Norms:
-    """Float32 gains on the weights of all norms, whose parameters in the model follow them."""
+    """Float32 gains on the weights of all norms, whose parameters in the model follow them.
+
+    A norm that is made of bfloat16 numbers stays so, and its gains begin as those of scales do
+    (`trainable.within_steps`). Where numbers are finer, or lie around 0, a gain of 1 moves soon enough.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._parameters: dict[str, nn.Parameter] = {}
         self._initial: dict[str, Tensor] = {}
         self._offsets: dict[str, float] = {}
+        self._coarse: set[str] = set()
         self.gains: dict[str, nn.Parameter] = {}
         for path, module in model.named_modules():
             if topology.is_norm(module):
@@ -36,7 +41,12 @@ class Norms:
                 self._offsets[name] = topology.norm_offset(module)
                 self._initial[name] = weight.detach().float() + self._offsets[name]
                 self._parameters[name] = weight.requires_grad_(True)
-                self.gains[name] = nn.Parameter(torch.ones_like(self._initial[name]))
+                start = torch.ones_like(self._initial[name])
+                coarse = torch.equal(self._initial[name], self._initial[name].to(torch.bfloat16).float())
+                if coarse and not self._offsets[name]:
+                    self._coarse.add(name)
+                    start = within_steps(self._initial[name], torch.bfloat16)
+                self.gains[name] = nn.Parameter(start)
 
     def take_gradients(self) -> None:
         """Hand the gradients of the model's parameters on to the gains."""
@@ -54,7 +64,10 @@ class Norms:
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """New weights by parameter name, float32."""
-        return {name: self._initial[name] * gain - self._offsets[name] for name, gain in self.gains.items()}
+        found = {name: self._initial[name] * gain - self._offsets[name] for name, gain in self.gains.items()}
+        return {
+            name: w.to(torch.bfloat16).float() if name in self._coarse else w for name, w in found.items()
+        }
 
 
 class Training:

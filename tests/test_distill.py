@@ -16,7 +16,7 @@ from lowbit.distill import distill
 from lowbit.errors import LowbitError
 from lowbit.judge import head_inputs
 from lowbit.quantized import QuantizedWeight
-from lowbit.trainable import TrainableLinear
+from lowbit.trainable import TrainableLinear, within_steps
 from tests.algorithms.examples import random_weight
 
 W4 = QuantScheme(4, 32)
@@ -32,6 +32,7 @@ def quantized(rows: int = 24, columns: int = 64, symmetric: bool = True) -> Quan
 def test_the_gradient_of_the_gains_is_autograds(symmetric: bool) -> None:
     start = quantized(symmetric=symmetric)
     layer = TrainableLinear(start, torch.randn(24), torch.float32)
+    torch.nn.init.ones_(layer.gains)
     x, wanted = torch.randn(3, 5, 64, requires_grad=True), torch.randn(3, 5, 24)
     (layer(x) - wanted).square().sum().backward()
 
@@ -60,6 +61,17 @@ def test_gains_end_up_in_the_scales_and_nowhere_else() -> None:
     assert float(after.scales[3, 1]) == pytest.approx(1.5 * float(start.scales[3, 1]), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gains_begin_anywhere_within_a_step(dtype: torch.dtype) -> None:
+    """They change no number, and of a tenth of a step that is learned, a tenth of them shows it at once."""
+    values = torch.randn(64, 50).mul(0.01).to(dtype)
+    values[0, :3] = torch.tensor([0.0, 2.0**-7, -(2.0**-9)])
+    gains = within_steps(values, dtype)
+    assert torch.equal((values.float() * gains).to(dtype), values)
+    moved = (values.float() * gains * (1 + torch.finfo(dtype).eps / 10)).to(dtype) != values
+    assert 0.1 < moved.double().mean() < 0.2  # a step is eps to eps / 2 of a number
+
+
 def rounded_model(folder: Path) -> tuple[torch.nn.Module, dict[str, QuantizedWeight]]:
     """A tiny model with its blocks' matrices rounded to 3 bits, and the weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -85,7 +97,7 @@ def test_training_brings_the_model_closer(family: str, tiny_model: Callable[...,
     heads = {name: parameter.clone() for name, parameter in model.named_parameters()}
     steps = []
     done = distill(
-        model, weights, rows(48), targets, epochs=4, learning_rate=3e-3, tokens_per_step=256,
+        model, weights, rows(48), targets, epochs=4, learning_rate=5e-3, tokens_per_step=256,
         progress=lambda step, of, kl: steps.append((step, of)),
     )  # fmt: skip
     assert done.after < 0.95 * done.before

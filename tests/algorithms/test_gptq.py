@@ -153,9 +153,7 @@ def test_ranges_are_chosen_again_for_what_is_rounded(scheme: QuantScheme) -> Non
         patch.setattr(grid, "search_params", watched)
         patch.setattr(gptq, "COARSE", 1)
         once, twice = (
-            gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16, again=again, rounds=0)[
-                0
-            ]
+            gptq.quantize_weight(weight, hessian, scheme, torch.bfloat16, again=again, rounds=0)[0]
             for again in (False, True)
         )
     assert given[1] is given[0] is weight
