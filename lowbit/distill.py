@@ -39,7 +39,7 @@ HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the
 WARM_UP = 0.05
 LEARNING_RATE = 2e-3
 """Of gains, where the loss is a nat, as that of a model of 2 bits is."""
-LATENT_RATE = 0.06
+LATENT_RATE = 0.045
 """The same of latents, in units of the grid's step."""
 
 

@@ -171,7 +171,7 @@ def test_a_head_is_rounded_by_the_method_on_what_it_reads(
     for name in ("rtn", method):
         output = Path(quantize(folder, head_bits=4, method=name, dtype="float32", overwrite=True).output)
         head = hf.load(output, packed=False, dtype=torch.float32).get_output_embeddings().weight
-        lost[name] = float((read @ (head - whole.get_output_embeddings().weight).T).square().mean())
+        lost[name] = float((read @ (head - whole.get_output_embeddings().weight).T).square().mean().detach())
     assert lost[method] < 0.9 * lost["rtn"]
 
 
