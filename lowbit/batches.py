@@ -79,10 +79,12 @@ def find_batches(
     training_samples: int = 0,
     at_once: int | None = None,
     device: str | torch.device = "cpu",
+    least: int | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The data of a run, in batches of `at_once` tokens; where that is None, memory is not limited.
 
-    On `device` the model writes text, where it has to write its own.
+    On `device` the model writes text, where it has to write its own. Where the text is too short for both,
+    calibration makes do with `least` rows, if that leaves some to train on.
 
     Returns:
         Calibration batches, then one short text that serves to verify the result; and rows for
@@ -107,7 +109,10 @@ def find_batches(
     name = "lowbit's passages" if spec == PASSAGES else spec
     if len(tokens) < samples:
         report.notes.append(f"{name} gives {len(tokens)} sequences of {seq_len} tokens, not {samples}")
-    rounding = tokens[: data.samples if calibrated else 0]
+    wanted = data.samples * calibrated
+    if len(tokens) - wanted < training_samples // 4:
+        wanted = min(wanted, max(least or wanted, len(tokens) - training_samples))
+    rounding = tokens[:wanted]
     report.calibration = f"{name}: {len(rounding) or len(tokens)} x {seq_len} tokens, seed {data.seed}"
     if data.mix and spec != PASSAGES:
         rounding = _mix(rounding, tokenizer, data, report)

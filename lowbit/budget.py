@@ -76,7 +76,7 @@ def keep_to(
     pages.return_large()
     if kept:
         return Budget(**kept)
-    return find_budget(source, plan, method, dial.samples * dial.rounding, seq_len, limit, used_memory())
+    return find_budget(source, plan, method, dial.samples, seq_len, limit, used_memory())
 
 
 def find_budget(

@@ -38,9 +38,9 @@ TOKENS_PER_STEP = 2048
 HELD_OUT = 16  # one calibration row in so many is kept for the judgement at the end
 WARM_UP = 0.05
 LEARNING_RATE = 2e-3
-"""Of gains, where the loss is a nat, as that of a model of 2 bits is."""
-LATENT_RATE = 0.045
-"""The same of latents, in units of the grid's step."""
+"""Of gains, where the loss is a nat."""
+LATENT_RATE = 0.015
+"""Of latents, in units of the grid's step."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def distill(
             data itself, its `judge.next_tokens`, int64 `[length]`.
         epochs: How often the rows are seen.
         learning_rate: Of the gains, which start near 1, where the loss is a nat; see `_pace`.
-        latent_rate: The same for the codes, in units of the grid's step; None: they are not trained.
+        latent_rate: Of the codes, in units of the grid's step; None: they are not trained.
         tokens_per_step: Tokens between two steps of the optimizer.
         seed: Seed of the order of rows.
         progress: Called with (steps done, steps in all, mean loss of the step in nats).
@@ -119,12 +119,12 @@ def distill(
     order = _order(rows, epochs, seed).split(at_once)
     with _checkpointed(model):
         for step, chosen in enumerate(order[done:], start=done):
-            pace = fast * _schedule(step, len(order))
+            pace = _schedule(step, len(order))
             for layer in layers.values():
                 if isinstance(layer, LatentLinear):
                     layer.pace(step + 1, (latent_rate or 0.0) * pace)
             loss = judge.step(model, batches[chosen], torch.stack([targets[i] for i in chosen]))
-            training.step(learning_rate * pace)
+            training.step(learning_rate * fast * pace)
             if progress:
                 progress(step + 1, len(order), loss)
             if keep and training.is_due():
@@ -143,7 +143,7 @@ def _order(rows: int, epochs: float, seed: int) -> Tensor:
 
 def _pace(loss: float) -> float:
     """The divergence grows with the square of what a model is off by, so there is its root to go."""
-    return math.sqrt(min(loss, 4.0))
+    return math.sqrt(min(max(loss, 0.0), 4.0))
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -17,7 +17,7 @@ class Effort(NamedTuple):
         method: Key of `algorithms.ALGORITHMS`.
         samples: Calibration rows, where nobody asks for another number.
         dataset: Calibration text, where nobody names another; None: a public data set.
-        rounding: Calibration data, in multiples of them.
+        rounding: Calibration rows, in multiples of `samples`.
         epochs: How often the training data is seen.
         training: Training data, in multiples of `samples`; 0: none, and no training.
         weights: Train the weights as well as scales and norms.

@@ -101,7 +101,7 @@ def search_params(
         group_errors: What to make small: takes the rounding error of some rows, float32
             `[rows, groups, columns_per_group]`, and may overwrite it; returns `[rows, groups]`.
         shrinks: Factors on the min-max range, tried besides 1.
-        beside: Zeros of an asymmetric grid are tried up to so far from where a range has its own.
+        beside: Zeros of an asymmetric grid are tried up to so many codes from a range's own.
 
     Returns:
         As `find_params`, which also says what is raised.

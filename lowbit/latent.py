@@ -18,7 +18,7 @@ with a few huge inputs, whose gradients are huge in every row, would go first, a
 
 The layer takes that step inside its own backward pass, some rows at a time, and the gradient of a weight is
 never whole in memory; so what is usual in a column is known from the passes before, and nothing moves in the
-first. (A layer that runs twice in a pass takes two steps.) Bytes per weight: 4 for the
+layer's first. (A layer that runs twice in a pass takes two steps.) Bytes per weight: 4 for the
 latent, 2 for its first moment (bfloat16: a mean over 10 steps, whose noise is far above the rounding), 1
 for the code, and 2 or 4 for the weight itself, as the model works in bfloat16 or in float32.
 """
@@ -47,8 +47,8 @@ class LatentLinear(TrainableLinear):
         latents: float32 `[out, in]`, in units of the step, between the outermost codes.
         means: bfloat16 `[out, in]`, running mean of the gradients of the latents.
         squares: float32 `[out, 1]`, running mean of their squares, over a row.
-        columns: float32 `[1, in]`, the same over a column.
-        sums: float32 `[1, in]`, sum of the squares of the last pass.
+        columns: float32 `[1, in]`, running mean of their squares summed over a column.
+        sums: float32 `[1, in]`, these sums in the last pass.
     """
 
     LEARNED = ("codes", "latents", "means", "squares", "columns", "sums")
@@ -71,7 +71,7 @@ class LatentLinear(TrainableLinear):
 
     def pace(self, step: int, rate: float) -> None:
         """Tell which step the next backward pass is, from 1 on, and how far the usual latent moves in it."""
-        self._step, self._rate = step, rate if step > 1 else 0.0
+        self._step, self._rate = step, rate
         self.columns.lerp_(self.sums, 1 - BETAS[1])
         self.sums.zero_()
 
@@ -84,9 +84,9 @@ class LatentLinear(TrainableLinear):
         square = self.squares[rows].lerp(gradient.square().mean(-1, keepdim=True), 1 - BETAS[1])
         self.means[rows], self.squares[rows] = mean, square
         self.sums += gradient.square().sum(0)
-        share = (self.columns / (self.columns.mean() + EPSILON)).clamp(min=LEAST)
+        share = (self.columns / self.columns.mean()).clamp(min=LEAST)  # not a number, and no step, at first
         usual = (square * share / (1 - BETAS[1] ** self._step)).sqrt() + EPSILON
         mean *= self._rate / (1 - BETAS[0] ** self._step) / usual
-        mean.clamp_(-CLIP * self._rate, CLIP * self._rate)
+        mean.nan_to_num_(nan=0.0).clamp_(-CLIP * self._rate, CLIP * self._rate)
         moved = (self.latents[rows] - mean).clamp_(0, self.scheme.levels - 1)
         self.latents[rows], self.codes[rows] = moved, moved.round().to(torch.uint8)

@@ -89,7 +89,7 @@ def quantize(
             file, `self` to sample it from the model, or `passages`, some pages that come with lowbit. None
             takes those with `fast`, and else a public data set, or `self` where the hub can't be reached
             (the report says so).
-        samples: Calibration sequences; None: 6 with `fast`, and else 128.
+        samples: Calibration sequences; None: 6 with `fast`, and else 128. `max` takes twice as many.
         seq_len: Tokens of each.
         seed: Seed of everything random.
         mix: Take up to one calibration row in five from the passages, so that other text than `dataset` does
@@ -234,7 +234,9 @@ def _data(
             return [kept[name] for name in sorted(kept)], rows
         started = time.monotonic()
         extra = dial.training * dial.samples
-        batches, rows = find_batches(opened, report, report.method, data, told, extra, at_once, device)
+        batches, rows = find_batches(
+            opened, report, report.method, data, told, extra, at_once, device, dial.samples
+        )
         report.tokens = identity.of_tokens(batches[:-1]) if len(batches) > 1 else ""
         report.end_stage("calibration data", time.monotonic() - started)
         found = {f"{number:06}": batch for number, batch in enumerate(batches)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowbit import checkpoint, durable, hf, ranks, record
 from lowbit import source as sources
-from lowbit.algorithms import BY_COLUMN, CORRECTIONS, columns
+from lowbit.algorithms import ALGORITHMS, BY_COLUMN, CORRECTIONS, columns
 from lowbit.blocks import BlockQuantizer, fingerprint
 from lowbit.budget import Budget
 from lowbit.carried import Carried
@@ -27,7 +27,7 @@ from lowbit.checkpoint import CheckpointWriter
 from lowbit.effort import QAT, Effort
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
-from lowbit.head import round_head
+from lowbit.head import observe_head, round_head
 from lowbit.plan import Plan, head_name
 from lowbit.progress import Progress
 from lowbit.quantized import QuantizedWeight
@@ -125,6 +125,8 @@ class Road:
             stream = self._begin(batches)
             for _ in self._blocks(stream):
                 self._collect(stream)
+            if self.plan.head:
+                self._observe_head(stream)
         self.source.release()
 
     def _outside(self, head_keys: Sequence[str]) -> list[str]:
@@ -194,19 +196,31 @@ class Road:
             for key in head_keys:
                 self._copy(writer, key)
             return
-        own = [number for number in range(self._probe) if self._owners[number] == ranks.rank()]
+        module, method = source.model.get_output_embeddings(), self.report.method
         weight, error, note = round_head(
-            stream, own, scheme, self.report.method, self.fmt.SCALE_DTYPE, self.progress, self.budget.rows
+            module.weight.data,
+            self._observe_head(stream),
+            scheme,
+            method,
+            self.fmt.SCALE_DTYPE,
+            self.progress,
         )
         self._pack(writer, head, weight)
         for key in head_keys:
             if not key.endswith(".weight"):
                 self._copy(writer, key)
         self.report.layers.append(Layer(head, weight.shape, str(scheme), error, note))
-        module, dense = source.model.get_output_embeddings(), weight.dequantize(torch.bfloat16)
+        dense = weight.dequantize(torch.bfloat16)
         # A new parameter, so that a tied embedding stays as it is.
         module.weight = nn.Parameter(dense.to(module.weight.dtype), requires_grad=False)
         self.fingerprints[head] = fingerprint(dense)
+
+    def _observe_head(self, stream: Stream) -> Tensor | None:
+        if not ALGORITHMS[self.report.method].NEEDS_HESSIAN:
+            return None
+        own = [number for number in range(self._probe) if self._owners[number] == ranks.rank()]
+        tokens = sum(batch.numel() for batch in stream.batches[: self._probe])
+        return observe_head(stream, own, tokens, self.device, self.progress)
 
     def _finish(self, writer: CheckpointWriter, head: str) -> None:
         source, plan, report = self.source, self.plan, self.report

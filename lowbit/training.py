@@ -26,7 +26,7 @@ class Norms:
     """Float32 gains on the weights of all norms, whose parameters in the model follow them.
 
     A norm that is made of bfloat16 numbers stays so, and its gains begin as those of scales do
-    (`trainable.within_steps`). Where numbers are finer, or lie around 0, a gain of 1 moves soon enough.
+    (`trainable.within_steps`). Where numbers are finer, or the norm adds 1 to them, gains begin at 1.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

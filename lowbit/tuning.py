@@ -44,7 +44,7 @@ def qat(
         scheme: The grid; None means 4 bits, symmetric, the largest group size that fits.
         output: Folder to create.
         dataset: Text to calibrate and to train on, as in `lowbit.quantize`; `samples` rows of `seq_len`
-            tokens for the one, as many others (more at `effort="high"` and `"max"`) for the other.
+            tokens for the one, as many others for the other; at `effort="max"` twice as many for both.
         epochs: How often the rows are seen; None means once, or what the effort says.
         loss: `original`: the divergence of the next token's distribution from the original model's;
             keeps what the model can. `data`: the cross-entropy of the text itself, as in fine-tuning;

@@ -72,6 +72,21 @@ def test_passages_that_fill_no_row_are_left_out(
         drawn(source, "passages", 8)
 
 
+@pytest.mark.parametrize(
+    ("samples", "rounded", "trained"), [(16, 16, 16), (24, 24, 8), (30, 12, 20), (40, 12, 20)]
+)
+def test_a_text_too_short_for_both_leaves_rows_to_train_on(
+    source: Source, monkeypatch: pytest.MonkeyPatch, samples: int, rounded: int, trained: int
+) -> None:
+    """It has 32 rows; as many as are calibrated on are to be trained on."""
+    rows = torch.arange(32 * 8).reshape(32, 8)
+    monkeypatch.setattr(batches, "draw_rows", lambda spec, tokenizer, samples, *rest: rows[:samples])
+    report, data = Report(source.folder, "", "gptq", "", ""), Data("text", samples, 8, 0, mix=False)
+    found, training = find_batches(source, report, "gptq", data, lambda *_: None, samples, least=12)
+    assert training is not None
+    assert (sum(map(len, found[:-1])), len(training)) == (rounded, trained)
+
+
 def test_the_passages_alone(source: Source) -> None:
     rows, told = drawn(source, "passages", 8, 512)
     assert told.calibration == "lowbit's passages: 8 x 512 tokens, seed 3"

@@ -28,7 +28,7 @@ DIFFERING = 2e-3
 """Of the codes: those that fall to the other side, and those after them in a row, which make up for it."""
 
 RUNS: dict[str, dict[str, Any]] = {
-    "gptq": {"method": "gptq"},
+    "gptq": {"method": "gptq", "head_bits": 4},
     "qronos": {"method": "qronos"},
     "experts": {"family": "mixtral", "method": "qronos"},
     "awq": {"family": "gemma3", "method": "awq"},

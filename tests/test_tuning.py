@@ -25,8 +25,10 @@ FORMATS_AND_SIGNS = [("compressed-tensors", True), ("gptq", True), ("gptq", Fals
 
 @pytest.mark.parametrize(("format", "symmetric"), FORMATS_AND_SIGNS)
 def test_codes_scales_and_norms_change_and_nothing_else(
-    format: str, symmetric: bool, tiny_model: Folders, checkpoint: Folders, tmp_path: Path
-) -> None:
+    format: str, symmetric: bool, tiny_model: Folders, checkpoint: Folders, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lowbit.refine.LATENT_RATE", 0.03)  # a dozen steps are few
     original = tiny_model("llama")
     folder = checkpoint("llama", QuantScheme(4, 32, symmetric), format=format)
     done = refine(

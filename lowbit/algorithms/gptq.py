@@ -78,8 +78,8 @@ def quantize_weight(
         scale_dtype: dtype in which the format stores scales.
         damp: Added to the diagonal, relative to its mean; up to 1 where Cholesky fails with less.
         trust: Factor on what lies off the Hessian's diagonal.
-        act_order: Round the columns with the largest inputs first. Scales come from the original
-            weight, so that groups stay runs of neighbouring columns and nothing is paid at run time.
+        act_order: Round the columns with the largest inputs first. Groups stay runs of neighbouring
+            columns whatever the order, so that nothing is paid at run time.
         shrinks: Factors on a group's range, tried besides 1 when its scale is searched.
         again: Choose ranges a second time, for the weight as the first pass over the columns moved it.
         rounds: How often scales are fitted to the codes, and codes chosen again (`descent.py`); 0: never.
@@ -113,8 +113,9 @@ def quantize_weight(
     scales, zeros = grid.search_params(weight, scheme, scale_dtype, cost, first)
     codes, errors = _round_columns(weight, factors, scales, zeros, scheme, block_size)
     if again:
+        del codes
         moved = _taken_over(weight, factors, errors)
-        del codes, errors  # matrices of the weight's size
+        del errors  # as all of these, a matrix of the weight's size
         scales, zeros = grid.search_params(moved, scheme, scale_dtype, cost, shrinks, beside=1)
         del moved
         codes, errors = _round_columns(weight, factors, scales, zeros, scheme, block_size)

@@ -126,7 +126,9 @@ def run(
     samples: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            min=1, help="Calibration sequences. Default: 128, or 6 with --effort fast.", show_default=False
+            min=1,
+            help="Calibration sequences. Default: 128, or 6 with --effort fast; max takes twice as many.",
+            show_default=False,
         ),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens of each.")] = 512,
