@@ -17,6 +17,7 @@ from lowbit.errors import LowbitError
 from lowbit.judge import head_inputs
 from lowbit.quantized import QuantizedWeight
 from lowbit.trainable import TrainableLinear, within_steps
+from lowbit.training import Norms
 from tests.algorithms.examples import random_weight
 
 W4 = QuantScheme(4, 32)
@@ -64,12 +65,25 @@ def test_gains_end_up_in_the_scales_and_nowhere_else() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gains_begin_anywhere_within_a_step(dtype: torch.dtype) -> None:
     """They change no number, and of a tenth of a step that is learned, a tenth of them shows it at once."""
-    values = torch.randn(64, 50).mul(0.01).to(dtype)
+    values = random_weight(64, 50).mul(0.01).to(dtype)
     values[0, :3] = torch.tensor([0.0, 2.0**-7, -(2.0**-9)])
     gains = within_steps(values, dtype)
     assert torch.equal((values.float() * gains).to(dtype), values)
     moved = (values.float() * gains * (1 + torch.finfo(dtype).eps / 10)).to(dtype) != values
     assert 0.1 < moved.double().mean() < 0.2  # a step is eps to eps / 2 of a number
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_norms_begin_as_they_are(family: str, tiny_model: Callable[..., Path]) -> None:
+    """Those of bfloat16 numbers anywhere within a step; those that add 1 to theirs at a gain of 1."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+    norms = Norms(model)
+    for name, weight in norms.weights().items():
+        assert torch.equal(weight, before[name])
+        assert bool((norms.gains[name] == 1).all()) == (family == "gemma3")
+    norms.refresh()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
 def rounded_model(folder: Path) -> tuple[torch.nn.Module, dict[str, QuantizedWeight]]:
