@@ -37,6 +37,7 @@ CLIP = 10.0
 """No latent moves further than so many usual ones."""
 LEAST = 1e-3
 """Of the mean: below it a column's second moment counts as this much, or idle columns would move most."""
+TINY = torch.finfo(torch.float32).tiny
 EPSILON = 1e-12  # only against 0 / 0: in units of the step gradients are small
 
 
@@ -84,9 +85,10 @@ class LatentLinear(TrainableLinear):
         square = self.squares[rows].lerp(gradient.square().mean(-1, keepdim=True), 1 - BETAS[1])
         self.means[rows], self.squares[rows] = mean, square
         self.sums += gradient.square().sum(0)
-        share = (self.columns / self.columns.mean()).clamp(min=LEAST)  # not a number, and no step, at first
+        average = self.columns.mean()
+        share = (self.columns / average.clamp(min=TINY)).clamp(min=LEAST)
         usual = (square * share / (1 - BETAS[1] ** self._step)).sqrt() + EPSILON
-        mean *= self._rate / (1 - BETAS[0] ** self._step) / usual
-        mean.nan_to_num_(nan=0.0).clamp_(-CLIP * self._rate, CLIP * self._rate)
+        mean *= self._rate / (1 - BETAS[0] ** self._step) / usual * (average > 0)
+        mean.clamp_(-CLIP * self._rate, CLIP * self._rate)
         moved = (self.latents[rows] - mean).clamp_(0, self.scheme.levels - 1)
         self.latents[rows], self.codes[rows] = moved, moved.round().to(torch.uint8)

@@ -103,6 +103,15 @@ def test_the_size_of_gradients_does_not_matter_nor_when_they_begin(size: float) 
     assert moved[1] == pytest.approx(float(moved[0]), rel=0.5)
 
 
+def test_gradients_that_are_not_numbers_show() -> None:
+    """Nothing hides that training has failed."""
+    layer = LatentLinear(quantized(bits=8), None, torch.float32)
+    for step, gradient in enumerate((torch.randn(24, 64), torch.full((24, 64), torch.nan)), start=1):
+        layer.pace(step, 0.01)
+        layer._learn(slice(0, 24), gradient)
+    assert layer.latents.isnan().all()
+
+
 def test_latents_stay_on_the_grid_and_the_codes_given_stay_as_they_are() -> None:
     start = quantized(bits=2)
     before = start.codes.clone()
