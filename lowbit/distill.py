@@ -89,7 +89,7 @@ def distill(
         targets: The original's `judge.head_inputs` of each row, `[length, hidden]`; or, to learn the
             data itself, its `judge.next_tokens`, int64 `[length]`.
         epochs: How often the rows are seen.
-        learning_rate: Of the gains, which start near 1, where the loss is a nat; see `_pace`.
+        learning_rate: Of the gains, which start near 1, where the loss is a nat; see `_distance`.
         latent_rate: Of the codes, in units of the grid's step; None: they are not trained.
         tokens_per_step: Tokens between two steps of the optimizer.
         seed: Seed of the order of rows.
@@ -114,7 +114,8 @@ def distill(
         done, before = training.restore(resume_from)
     else:
         done, before = 0, judge.mean(model, batches, targets, held_out)
-    fast = _pace(before) if targets[0].is_floating_point() else 0.5  # a text's loss says nothing of errors
+    # A text's loss says nothing of errors.
+    distance = _distance(before) if targets[0].is_floating_point() else 0.5
     at_once = max(1, tokens_per_step // batches.shape[1])
     order = _order(rows, epochs, seed).split(at_once)
     with _checkpointed(model):
@@ -124,7 +125,7 @@ def distill(
                 if isinstance(layer, LatentLinear):
                     layer.pace(step + 1, (latent_rate or 0.0) * pace)
             loss = judge.step(model, batches[chosen], torch.stack([targets[i] for i in chosen]))
-            training.step(learning_rate * fast * pace)
+            training.step(learning_rate * distance * pace)
             if progress:
                 progress(step + 1, len(order), loss)
             if keep and training.is_due():
@@ -141,7 +142,7 @@ def _order(rows: int, epochs: float, seed: int) -> Tensor:
     return torch.cat(permutations)[: max(1, round(rows * epochs))]
 
 
-def _pace(loss: float) -> float:
+def _distance(loss: float) -> float:
     """The divergence grows with the square of what a model is off by, so there is its root to go."""
     return math.sqrt(min(max(loss, 0.0), 4.0))
 

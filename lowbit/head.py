@@ -69,10 +69,10 @@ def round_head(
         weight's), and the algorithm's note.
     """
     parts, done, note, lost, whole = weight.split(rows), [], "", 0.0, 0.0
-    for number, part in enumerate(parts, start=1):
-        rounded, note = ALGORITHMS[method].quantize_weight(part.float(), hessian, scheme, scale_dtype)
+    for number, part in enumerate(map(Tensor.float, parts), start=1):
+        rounded, note = ALGORITHMS[method].quantize_weight(part, hessian, scheme, scale_dtype)
         done.append(rounded)
-        a, b = row_errors(part.float(), rounded, hessian)
+        a, b = row_errors(part, rounded, hessian)
         lost, whole = lost + float(a.sum()), whole + float(b.sum())
         progress("head", number, len(parts), "rounding")
     return QuantizedWeight.stack_rows(done), lost / max(whole, 1e-30), note

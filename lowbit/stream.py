@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.carried import Carried
+from lowbit.judge import head_input
 
 
 class Stop(Exception):
@@ -105,36 +106,30 @@ class Stream:
 
         They are those of the carried activations; or, with a graph, of `leaf` in place of them.
         """
+        graph = torch.no_grad() if leaf is None else torch.enable_grad()
+        with self._behind_all(batch, leaf), graph:
+            logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
+        return logits
+
+    def head_input(self, batch: int) -> Tensor:
+        """What the output head reads of one batch after the last block (the norm must be loaded).
+
+        Returns:
+            `[rows, length, hidden]`.
+        """
+        with self._behind_all(batch), torch.no_grad():
+            return head_input(self.model, self.batches[batch])
+
+    @contextmanager
+    def _behind_all(self, batch: int, leaf: Tensor | None = None) -> Iterator[None]:
+        """While active, all blocks together give what is carried of a batch, or `leaf`."""
 
         def last_hidden(*args: Any, **kwargs: Any) -> Any:
             return self._as_output(self.hidden[batch] if leaf is None else leaf)
 
         last = len(self.blocks) - 1
-        graph = torch.no_grad() if leaf is None else torch.enable_grad()
-        with self._stand_ins(last), replaced(self.blocks[last], last_hidden), graph:
-            logits: Tensor = self.model(input_ids=self.batches[batch], use_cache=False).logits
-        return logits
-
-    def head_input(self, batch: int) -> Tensor:
-        """What the output head reads of one batch after the last block, `[rows, length, hidden]`.
-
-        Raises:
-            RuntimeError: the model did not call its head.
-        """
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
-            raise Stop
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(stop)
-        try:
-            self.logits(batch)
-        except Stop:
-            return seen[0]
-        finally:
-            hook.remove()
-        raise RuntimeError(f"{type(self.model).__name__} did not call its output head")
+        with self._stand_ins(last), replaced(self.blocks[last], last_hidden):
+            yield
 
     def _substitute(
         self,

@@ -101,7 +101,7 @@ LEVELS = {
     "head": 9,
     "blocks": 10,
     "trainable": 4,
-    "judge": 4,
+    "judge": 3,
     "latent": 5,
     "training": 6,
     "distill": 7,

@@ -149,10 +149,7 @@ def run(
     ] = None,
     head_bits: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(
-            help="Quantize the output head too, to this many bits (unties it).",
-            show_default=False,
-        ),
+        typer.Option(help="Quantize the output head too, to this many bits (unties it).", show_default=False),
     ] = None,
     device: Device = "auto",
     dtype: Annotated[
