@@ -42,7 +42,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 # --- what quantization costs
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "mixtral"])
 def test_calibrated_methods_lose_less_than_rounding(
     quantize: Callable[..., Report], tiny_model: Folders, tmp_path: Path, family: str
 ) -> None:

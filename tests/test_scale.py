@@ -29,8 +29,8 @@ def test_sixteen_blocks_take_the_memory_of_four() -> None:
 WITHIN = """
 import re, sys
 from lowbit import LowbitError, QuantScheme, hardware, quantize
-folder, output, text = sys.argv[1:]
-options = {"output": output, "dataset": text, "samples": 24, "seq_len": 256}
+folder, output, method, text = sys.argv[1:]
+options = {"output": output, "method": method, "dataset": text, "samples": 24, "seq_len": 256}
 try:
     quantize(folder, QuantScheme(4, 32), max_memory="10MB", **options)
 except LowbitError as error:
@@ -41,14 +41,23 @@ print(smallest, hardware.peak_memory())
 
 
 @pytest.mark.slow
-def test_a_limit_is_kept(tmp_path: Path, text_file: str) -> None:
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+def test_a_limit_is_kept(method: str, tmp_path: Path, text_file: str) -> None:
     """With the least that is accepted, by what the system counts of a process; one matrix is large here."""
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=512, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8
     )
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-c", WITHIN, *map(str, (tmp_path / "model", tmp_path / "out", text_file))]
+    command = [
+        sys.executable,
+        "-c",
+        WITHIN,
+        str(tmp_path / "model"),
+        str(tmp_path / "out"),
+        method,
+        text_file,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     limit, peak = map(float, done.stdout.split())
